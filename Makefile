@@ -1,0 +1,52 @@
+# The only set-up a fresh machine needs: Python >= 3.10 and a C++17 compiler.
+#   make demo ARGS="train.epochs=2"     overrides of the recipe
+#   make test PYTHON=python3.12         the interpreter the environment is made from
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp)
+
+.PHONY: demo test bench lint format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/crd-fast train recipes/shapes.yaml $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy crd_fast
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f crd_fast/_C.*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "'$(PYTHON)' is missing or older than Python 3.10; name a newer one: make PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes in a call of its own, so that no other requirement can choose its version or build.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
+	touch $@
+
+$(VENV)/.installed: $(SOURCES) $(VENV)/.torch
+	$(BIN)/python -m pip install -c constraints.txt -e ".[train,rewards]"
+	touch $@
+
+$(VENV)/.installed-dev: $(SOURCES) $(VENV)/.torch
+	$(BIN)/python -m pip install -c constraints.txt -e ".[train,rewards,dev]"
+	touch $(VENV)/.installed $@

@@ -1,0 +1,24 @@
+"""Reinforcement learning for diffusion and flow models from the forward process, with fused kernels.
+
+Importing this package imports PyTorch and nothing else of weight. The trainer, rewards and backbones live in
+subpackages that are imported by name.
+"""
+
+from __future__ import annotations
+
+from crd_fast.forward_process import Noised, ResidualStats, noise, residual_stats
+from crd_fast.losses import CRDConfig, CRDLoss, CRDOutput, loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CRDConfig",
+    "CRDLoss",
+    "CRDOutput",
+    "Noised",
+    "ResidualStats",
+    "__version__",
+    "loss",
+    "noise",
+    "residual_stats",
+]

@@ -1,0 +1,210 @@
+"""A bank of LoRA adapters on one frozen backbone.
+
+Every adapted linear layer holds one pair (down, up) per slot: `trained` has gradients, `old` and `sampling` are
+snapshots, and `base` is no adapter at all. The rows of one batch may use different slots, so a pass over
+[old | base | base] rows is one forward. Nothing is ever swapped: a slot is chosen by naming it.
+
+Source of the snapshots: arXiv 2603.14128, decoupled sampler and moving reference.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crd_fast.errors import CheckpointError, ConfigError, nearest
+
+TRAINED, OLD, SAMPLING, BASE = "trained", "old", "sampling", "base"
+SNAPSHOTS = (OLD, SAMPLING)
+SLOTS = (TRAINED, *SNAPSHOTS)
+Rows = Sequence[tuple[str, int]]  # (slot, number of rows), in batch order
+
+
+class BankLinear(nn.Module):
+    """A frozen linear layer plus the bank's low-rank updates: y = W x + b + scale * up(down(x)), rows by slot."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float, plan: _Plan) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = scale
+        self._plan = plan
+        self._merged: Tensor | None = None
+        device = base.weight.device
+        for slot in SLOTS:
+            grad = slot == TRAINED
+            down = torch.zeros(rank, base.in_features, device=device)
+            up = torch.zeros(base.out_features, rank, device=device)
+            setattr(self, f"down_{slot}", nn.Parameter(down, requires_grad=grad))
+            setattr(self, f"up_{slot}", nn.Parameter(up, requires_grad=grad))
+
+    def pair(self, slot: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """The slot's (down (rank, in), up (out, rank)) in fp32."""
+        return getattr(self, f"down_{slot}"), getattr(self, f"up_{slot}")
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, ..., in) -> (B, ..., out)
+        if self._merged is not None:
+            return F.linear(x, self._merged, self.base.bias)
+        y = self.base(x)
+        rows = self._plan.rows
+        if rows is None:
+            raise RuntimeError("no adapter chosen: call the backbone inside LoRABank.use(...)")
+        if len(rows) == 1:
+            slot = rows[0][0]
+            return y if slot == BASE else y + self._delta(x, slot)
+        total = sum(count for _, count in rows)
+        if x.shape[0] != total:
+            raise ValueError(f"the batch has {x.shape[0]} rows: LoRABank.use was told of {total} ({list(rows)})")
+        start = 0
+        parts = []
+        for slot, count in rows:
+            part = y[start : start + count]
+            parts.append(part if slot == BASE else part + self._delta(x[start : start + count], slot))
+            start += count
+        return torch.cat(parts)
+
+    def _delta(self, x: Tensor, slot: str) -> Tensor:
+        down, up = self.pair(slot)
+        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype) * self.scale)
+
+    def merge(self, slot: str) -> None:
+        down, up = self.pair(slot)
+        weight = self.base.weight
+        self._merged = torch.addmm(weight.float(), up, down, alpha=self.scale).to(weight.dtype)
+
+    def unmerge(self) -> None:
+        self._merged = None
+
+
+class _Plan:
+    """Which rows of the batch use which slot; shared by all layers of a bank."""
+
+    rows: Rows | None = None
+
+
+class LoRABank:
+    """Adapters for every linear layer of `model` whose name ends with one of `targets`.
+
+    The layers are replaced in place and the rest of the model is frozen. All slots start equal: `down` uniform as in
+    peft (Kaiming, a = sqrt 5), `up` zero, so every slot starts as the base.
+
+    rank, alpha: the update is scaled by alpha / rank.
+    seed: of the initial `down`.
+
+    Raises ConfigError when no layer matches, naming layers that exist.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[str], *, rank: int, alpha: float, seed: int) -> None:
+        if rank < 1 or alpha <= 0:
+            raise ConfigError(f"LoRA rank {rank} and alpha {alpha}: expected rank >= 1 and alpha > 0")
+        self._plan = _Plan()
+        self._layers: dict[str, BankLinear] = {}
+        self.rank, self.alpha = rank, alpha
+        model.requires_grad_(False)
+        pattern = re.compile(rf"(?:^|\.)(?:{'|'.join(re.escape(t) for t in targets)})$")
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        chosen = {name: module for name, module in linears.items() if pattern.search(name)}
+        if not chosen:
+            raise ConfigError(f"no linear layer ends with {list(targets)}{nearest(targets[0], linears)}")
+        generator = torch.Generator().manual_seed(seed)
+        for name, linear in chosen.items():
+            layer = BankLinear(linear, rank, alpha / rank, self._plan)
+            bound = 1 / math.sqrt(linear.in_features)
+            initial = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
+            with torch.no_grad():
+                for slot in SLOTS:
+                    layer.pair(slot)[0].copy_(initial)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer)
+            self._layers[name] = layer
+
+    @property
+    def layers(self) -> dict[str, BankLinear]:
+        """Adapted layers by their name in the model."""
+        return self._layers
+
+    def tensors(self, slot: str) -> list[nn.Parameter]:
+        """All tensors of a slot, in a fixed order."""
+        if slot not in SLOTS:
+            raise ValueError(f"slot {slot!r} holds no tensors{nearest(slot, SLOTS)}")
+        return [tensor for layer in self._layers.values() for tensor in layer.pair(slot)]
+
+    @contextmanager
+    def use(self, rows: str | Rows) -> Iterator[None]:
+        """Inside, the backbone runs the named slot, or the slots of consecutive rows: [("old", 8), ("base", 16)]."""
+        chosen: Rows = [(rows, 0)] if isinstance(rows, str) else list(rows)
+        unknown = [slot for slot, _ in chosen if slot not in (*SLOTS, BASE)]
+        if unknown:
+            raise ValueError(f"unknown LoRA slot {unknown[0]!r}{nearest(unknown[0], (*SLOTS, BASE))}")
+        before = self._plan.rows
+        self._plan.rows = chosen
+        try:
+            yield
+        finally:
+            self._plan.rows = before
+
+    @contextmanager
+    def merged(self, slot: str) -> Iterator[None]:
+        """Like `use(slot)` without gradients, with one plain matrix a layer: for rollouts, many passes of one slot."""
+        with self.use(slot), torch.no_grad():
+            if slot != BASE:
+                for layer in self._layers.values():
+                    layer.merge(slot)
+            try:
+                yield
+            finally:
+                for layer in self._layers.values():
+                    layer.unmerge()
+
+    @torch.no_grad()
+    def update_snapshot(self, slot: str, decay: float) -> None:
+        """snapshot <- decay * snapshot + (1 - decay) * trained, in place; decay 0 copies."""
+        if slot not in SNAPSHOTS or not 0 <= decay <= 1:
+            raise ValueError(f"snapshot {slot!r} with decay {decay}: expected one of {SNAPSHOTS} and 0 <= decay <= 1")
+        trained: list[Tensor] = [p.detach() for p in self.tensors(TRAINED)]
+        kept: list[Tensor] = [p.detach() for p in self.tensors(slot)]
+        if decay == 0:
+            torch._foreach_copy_(kept, trained)
+        else:
+            torch._foreach_lerp_(kept, trained, 1 - decay)
+
+    def export(self, slot: str = TRAINED) -> dict[str, Tensor]:
+        """The slot in peft's names, `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, with the scale folded into B.
+
+        A loader that assumes alpha = rank, as diffusers does without metadata, reproduces the bank exactly.
+        """
+        state = {}
+        for name, layer in self._layers.items():
+            down, up = layer.pair(slot)
+            state[f"{name}.lora_A.weight"] = down.detach().cpu().clone()
+            state[f"{name}.lora_B.weight"] = (up.detach() * layer.scale).cpu()
+        return state
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Fill every slot from `export`'s format; a leading `transformer.` is accepted.
+
+        Raises CheckpointError naming the first layer that is missing, unknown or of another rank.
+        """
+        given = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+        expected = {f"{name}.lora_{side}.weight" for name in self._layers for side in "AB"}
+        for name in sorted(expected ^ set(given)):
+            what = "missing from the file" if name in expected else "in the file but not adapted here"
+            raise CheckpointError(f"LoRA layer {name} is {what}: the adapter was made with other LoRA targets")
+        for name, layer in self._layers.items():
+            down, up = given[f"{name}.lora_A.weight"], given[f"{name}.lora_B.weight"]
+            if down.shape != layer.down_trained.shape or up.shape != layer.up_trained.shape:
+                raise CheckpointError(
+                    f"LoRA layer {name} in the file has rank {down.shape[0]} and shape {tuple(up.shape[:1])} x "
+                    f"{tuple(down.shape[1:])}: expected rank {self.rank} and {layer.base.out_features} x "
+                    f"{layer.base.in_features}; set lora.rank to the adapter's"
+                )
+            for slot in SLOTS:
+                bank_down, bank_up = layer.pair(slot)
+                bank_down.copy_(down)
+                bank_up.copy_(up / layer.scale)

@@ -1,0 +1,196 @@
+"""The latent-sized operations `torch.ops.crd_fast.*`: registered here, and their implementation chosen here.
+
+| op            | CPU, float16 / bfloat16 / float32 | CPU, float64       | other devices      |
+|---------------|-----------------------------------|--------------------|--------------------|
+| noise         | C++ extension                     | PyTorch formulas   | PyTorch formulas   |
+| epsilon       | C++ extension                     | PyTorch formulas   | PyTorch formulas   |
+| residual_stats| PyTorch formulas                  | PyTorch formulas   | PyTorch formulas   |
+| residual_grad | PyTorch formulas                  | PyTorch formulas   | PyTorch formulas   |
+
+"PyTorch formulas" is `crd_fast.reference`, which runs wherever PyTorch does. `CRD_FAST_BACKEND=reference`
+selects it for everything. Where the table says C++ and the extension is missing, the call raises
+ExtensionMissingError.
+
+Arguments are trusted: the public functions have checked them. Seeds are 64 bits passed as a signed int64.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crd_fast import native, reference
+from crd_fast.errors import ConfigError
+from crd_fast.reference import ResidualInputs
+
+BACKENDS = ("auto", "reference")
+
+_RESIDUAL_ARGUMENTS = (
+    "Tensor predicted, Tensor? target, Tensor? x0, Tensor? sigma, Tensor? sample_ids, SymInt seed, "
+    "SymInt stream, Tensor? ref, Tensor? ref_uncond, float guidance_scale, Tensor? mask, str prediction"
+)
+
+
+def signed_seed(seed: int) -> int:
+    """The int64 with the same 64 bits as a seed in [0, 2^64): operator schemas have no unsigned integers."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def _compiled(*dtypes: torch.dtype) -> bool:
+    """Whether a CPU op on these dtypes belongs to the extension."""
+    backend = os.environ.get("CRD_FAST_BACKEND", "auto")
+    if backend not in BACKENDS:
+        raise ConfigError(f"CRD_FAST_BACKEND={backend!r}: expected one of {', '.join(BACKENDS)} (unset means auto)")
+    return backend == "auto" and all(dtype in native.DTYPE_CODES for dtype in dtypes)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """`x` itself when every sample is contiguous in row-major order, else a contiguous copy."""
+    return x if x[0].is_contiguous() else x.contiguous()
+
+
+# --- noise ------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "crd_fast::noise",
+    mutates_args=(),
+    schema="(Tensor x0, Tensor sigma, Tensor sample_ids, SymInt seed, SymInt stream, ScalarType dtype) -> Tensor",
+)
+def noise(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream: int, dtype: torch.dtype) -> Tensor:
+    """x_t = (1 - sigma) x0 + sigma eps, contiguous (B, *latent) in `dtype`; differentiable in x0."""
+    return reference.noise(x0, sigma, sample_ids, seed, stream, dtype)
+
+
+@noise.register_kernel("cpu")
+def _noise_cpu(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream: int, dtype: torch.dtype) -> Tensor:
+    if not _compiled(x0.dtype, dtype):
+        return reference.noise(x0, sigma, sample_ids, seed, stream, dtype)
+    out = torch.empty(x0.shape, dtype=dtype)
+    native.noise(_dense_rows(x0), sigma.float().contiguous(), sample_ids.contiguous(), seed, stream, out)
+    return out
+
+
+@noise.register_fake
+def _noise_fake(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream: int, dtype: torch.dtype) -> Tensor:
+    return x0.new_empty(x0.shape, dtype=dtype)
+
+
+def _noise_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x0, sigma = inputs[:2]
+    ctx.save_for_backward(sigma)
+    ctx.x0_dtype = x0.dtype
+
+
+def _noise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (sigma,) = ctx.saved_tensors
+    keep = (1.0 - sigma).view(-1, *(1,) * (grad.ndim - 1))  # (B, 1, ..., 1)
+    return (keep * grad).to(ctx.x0_dtype), None, None, None, None, None
+
+
+noise.register_autograd(_noise_backward, setup_context=_noise_setup_context)
+
+
+@torch.library.custom_op(
+    "crd_fast::epsilon",
+    mutates_args=(),
+    schema="(Tensor sample_ids, SymInt[] shape, SymInt seed, SymInt stream, ScalarType dtype) -> Tensor",
+)
+def epsilon(sample_ids: Tensor, shape: Sequence[int], seed: int, stream: int, dtype: torch.dtype) -> Tensor:
+    """The standard normals that `noise` adds, contiguous (B, *latent) in `dtype`."""
+    return reference.epsilon(sample_ids, shape, seed, stream, dtype)
+
+
+@epsilon.register_kernel("cpu")
+def _epsilon_cpu(sample_ids: Tensor, shape: Sequence[int], seed: int, stream: int, dtype: torch.dtype) -> Tensor:
+    if not _compiled(dtype):
+        return reference.epsilon(sample_ids, shape, seed, stream, dtype)
+    out = torch.empty(tuple(shape), dtype=dtype)
+    native.epsilon(sample_ids.contiguous(), seed, stream, out)
+    return out
+
+
+@epsilon.register_fake
+def _epsilon_fake(sample_ids: Tensor, shape: Sequence[int], seed: int, stream: int, dtype: torch.dtype) -> Tensor:
+    return sample_ids.new_empty(tuple(shape), dtype=dtype)
+
+
+# --- residual statistics and their gradient ---------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "crd_fast::residual_stats",
+    mutates_args=(),
+    schema=f"({_RESIDUAL_ARGUMENTS}) -> (Tensor mse, Tensor mae, Tensor kl)",
+)
+def residual_stats(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """E, M, K, each (B,), of `ResidualInputs`; differentiable in `predicted` alone, through E and K."""
+    return reference.residual_stats(ResidualInputs(*arguments))
+
+
+@residual_stats.register_fake
+def _residual_stats_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = ResidualInputs(*arguments)
+    shape, dtype = (inputs.predicted.shape[0],), reference.statistics_dtype(inputs)
+    mse, mae, kl = (inputs.predicted.new_empty(shape, dtype=dtype) for _ in range(3))
+    return mse, mae, kl
+
+
+@torch.library.custom_op(
+    "crd_fast::residual_grad",
+    mutates_args=(),
+    schema=f"({_RESIDUAL_ARGUMENTS}, Tensor grad_mse, Tensor grad_kl) -> Tensor",
+)
+def residual_grad(*arguments: Any) -> Tensor:
+    """dL/dpredicted from dL/dE and dL/dK, each (B,); shape, dtype and layout of `predicted`."""
+    *inputs, grad_mse, grad_kl = arguments
+    return reference.residual_grad(ResidualInputs(*inputs), grad_mse, grad_kl)
+
+
+@residual_grad.register_fake
+def _residual_grad_fake(*arguments: Any) -> Tensor:
+    return torch.empty_like(arguments[0])
+
+
+def _residual_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    given = ResidualInputs(*inputs)
+    ctx.save_for_backward(
+        given.predicted,
+        given.target,
+        given.x0,
+        given.sigma,
+        given.sample_ids,
+        given.ref,
+        given.ref_uncond,
+        given.mask,
+    )
+    ctx.numbers = (given.seed, given.stream, given.guidance_scale, given.prediction)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _residual_backward(ctx: Any, grad_mse: Tensor, grad_mae: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
+    predicted, target, x0, sigma, sample_ids, ref, ref_uncond, mask = ctx.saved_tensors
+    seed, stream, guidance_scale, prediction = ctx.numbers
+    inputs = ResidualInputs(
+        predicted,
+        target,
+        x0,
+        sigma,
+        sample_ids,
+        seed,
+        stream,
+        ref,
+        ref_uncond,
+        guidance_scale,
+        mask,
+        prediction,
+    )
+    grad = residual_grad(*inputs, grad_mse, grad_kl)
+    return grad, *(None,) * (len(inputs) - 1)
+
+
+residual_stats.register_autograd(_residual_backward, setup_context=_residual_setup_context)

@@ -1,0 +1,1 @@
+"""The trainer: configuration, the loop, checkpoints, and the job from recipe to report."""

@@ -1,0 +1,380 @@
+"""Recipes: YAML files and `key=value` overrides as frozen, validated dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from crd_fast.errors import ConfigError, nearest
+from crd_fast.losses.config import CRDConfig
+from crd_fast.rewards import registry
+from crd_fast.rewards.aggregate import RewardSpec
+from crd_fast.snapshots import DecaySchedule
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """path: pipeline folder or hub id; family: None reads it from the pipeline; resolution in pixels."""
+
+    path: str
+    family: str | None = None
+    max_sequence_length: int | None = None
+    resolution: int | None = None
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Prompt files; `test_prompts` are held out and must not overlap `prompts`."""
+
+    prompts: str
+    test_prompts: str | None = None
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """How a reward enters the sum (weight, scale, shift, clip) and the scorer's own options."""
+
+    spec: RewardSpec
+    options: Any
+
+
+@dataclass(frozen=True)
+class AlgorithmSettings(CRDConfig):
+    """The loss's settings, and how its inputs are made.
+
+    guidance_scale: of the anchor, w of u + w (c - u).
+    kl_fraction: share of (sample, timestep) pairs whose anchor is evaluated, weighted by its inverse.
+    advantage_mode, advantage_scope: see `rewards.aggregate.advantages`.
+    """
+
+    guidance_scale: float = 4.5
+    kl_fraction: float = 1.0
+    advantage_mode: str = "sum"
+    advantage_scope: str = "global"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.kl_fraction <= 1:
+            raise ConfigError(f"algorithm.kl_fraction is {self.kl_fraction}: expected a share in (0, 1]")
+        if self.reduction != "mean" or self.prediction != "v":
+            raise ConfigError("algorithm.reduction and algorithm.prediction belong to the loss: the trainer sets them")
+        self.loss_config()
+
+    def loss_config(self) -> CRDConfig:
+        """What `crd_fast.loss` gets."""
+        return CRDConfig(**{f.name: getattr(self, f.name) for f in fields(CRDConfig)})
+
+
+@dataclass(frozen=True)
+class SnapshotSettings:
+    """Decays of the moving reference and of the sampler; see `DecaySchedule`."""
+
+    old: DecaySchedule = DecaySchedule()
+    sampling: DecaySchedule = DecaySchedule(initial=0.0, slope=0.0075, start=75)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """targets: endings of layer names; None takes the backbone's own."""
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """steps: solver steps; guidance_scale 1 is no guidance; batch, decode_batch: samples at a time."""
+
+    steps: int = 10
+    guidance_scale: float = 1.0
+    batch: int = 64
+    decode_batch: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "decode_batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"rollout.{name} is {getattr(self, name)}: expected at least 1")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """One epoch: `groups` prompts with `group_size` samples, each at `timesteps` noise levels, in `updates` steps.
+
+    micro_batch: samples in one forward, a multiple of group_size. max_minutes: stop after the epoch that passes it.
+    timestep_mean, timestep_std, timestep_shift: of the logit-normal strategy (shift also of uniform).
+    checkpoint_every: epochs; max_skipped: optimiser steps in a row that may be skipped for NaN or infinity.
+    """
+
+    epochs: int = 100
+    max_minutes: float | None = None
+    groups: int = 48
+    group_size: int = 24
+    micro_batch: int = 24
+    updates: int = 2
+    timesteps: int = 10
+    timestep_strategy: str = "discrete"
+    timestep_mean: float = 0.0
+    timestep_std: float = 1.0
+    timestep_shift: float = 1.0
+    lr: float = 3e-4
+    warmup: int = 0
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 3
+    max_skipped: int = 5
+
+    def __post_init__(self) -> None:
+        for name in (
+            "epochs",
+            "groups",
+            "micro_batch",
+            "updates",
+            "timesteps",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}: expected at least 1")
+        if self.group_size < 2:
+            raise ConfigError(f"train.group_size is {self.group_size}: expected at least 2, samples are compared in it")
+        if self.lr <= 0 or self.max_grad_norm <= 0:
+            raise ConfigError(f"train.lr {self.lr} and train.max_grad_norm {self.max_grad_norm}: expected more than 0")
+        if self.micro_batch % self.group_size:
+            fitting = [n for n in range(2, self.micro_batch + 1) if self.micro_batch % n == 0]
+            raise ConfigError(
+                f"train.group_size {self.group_size} does not divide train.micro_batch {self.micro_batch}, and groups "
+                f"must be whole in a micro-batch: use a group size of {', '.join(map(str, fitting))}, or micro_batch="
+                f"{self.group_size * max(1, self.micro_batch // self.group_size)}"
+            )
+        per_micro = self.micro_batch // self.group_size
+        if self.groups % per_micro:
+            raise ConfigError(
+                f"train.groups {self.groups} is not a multiple of the {per_micro} groups in a micro-batch of "
+                f"{self.micro_batch}: use train.groups={math.ceil(self.groups / per_micro) * per_micro}"
+            )
+        micro_steps = self.groups // per_micro * self.timesteps
+        if micro_steps % self.updates:
+            fitting = [n for n in range(1, micro_steps + 1) if micro_steps % n == 0]
+            raise ConfigError(
+                f"train.updates {self.updates} does not divide the {micro_steps} micro-steps of an epoch: "
+                f"use one of {', '.join(map(str, fitting))}"
+            )
+
+
+@dataclass(frozen=True)
+class PrecisionSettings:
+    """dtype of the frozen backbone: "fp32" or "bf16". Adapters, statistics and losses are fp32."""
+
+    dtype: str = "bf16"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("fp32", "bf16"):
+            raise ConfigError(f"precision.dtype is {self.dtype!r}: expected 'fp32' or 'bf16'")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Held-out evaluation before and after training; suite None skips it.
+
+    images: per task; steps, guidance_scale: of the sampler; reference_guidance: scale at which the base is
+    evaluated once more for comparison, None skips that.
+    """
+
+    suite: str | None = None
+    images: int = 60
+    steps: int = 20
+    guidance_scale: float = 1.0
+    reference_guidance: float | None = None
+    batch: int = 64
+
+    def __post_init__(self) -> None:
+        if self.suite not in (None, "shapes"):
+            raise ConfigError(f"evaluation.suite is {self.suite!r}{nearest(str(self.suite), ['shapes'])}")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """dir: None makes runs/<recipe>-<time>; seed: of everything random; device: None takes the GPU if there is one."""
+
+    dir: str | None = None
+    seed: int = 0
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. `name` is the recipe file's."""
+
+    name: str
+    model: ModelSettings
+    data: DataSettings
+    rewards: dict[str, RewardSettings]
+    algorithm: AlgorithmSettings = AlgorithmSettings()
+    snapshots: SnapshotSettings = SnapshotSettings()
+    lora: LoraSettings = LoraSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    train: TrainSettings = field(default_factory=TrainSettings)
+    precision: PrecisionSettings = PrecisionSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    run: RunSettings = RunSettings()
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ConfigError(f"recipe {self.name} has no rewards: name at least one of {registry.available()}")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply overrides like `train.lr=1e-4`.
+
+    Raises ConfigError: no such file, YAML that does not parse, an unknown key (naming the nearest), a value of the
+    wrong type or out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ConfigError(f"recipe {path} does not exist{nearest(path.stem, known)}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe {path} holds a {type(tree).__name__}: expected sections such as model and train")
+    for override in overrides:
+        _apply(tree, override)
+    return build_recipe(tree, path.stem)
+
+
+def build_recipe(tree: Mapping[str, Any], name: str) -> Recipe:
+    """A recipe from nested mappings; see `load_recipe` for errors."""
+    return _build(Recipe, {"name": name} | dict(tree), "")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to an equal one."""
+    tree = dataclasses.asdict(recipe)
+    tree["rewards"] = {
+        name: _without_defaults(settings.spec) | _without_defaults(settings.options)
+        for name, settings in recipe.rewards.items()
+    }
+    del tree["name"]
+    return yaml.safe_dump(_plain(tree), sort_keys=False)
+
+
+def _without_defaults(value: Any) -> dict[str, Any]:
+    return {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: expected key=value, such as train.lr=1e-4")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        section = tree.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+        tree = section
+    try:
+        tree[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+
+
+def _build(cls: type, tree: Any, where: str) -> Any:
+    """An instance of a dataclass from a mapping, checked field by field."""
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{where or 'the recipe'} is {tree!r}: expected a section with {_names(cls)}")
+    known = {f.name: f for f in fields(cls)}
+    for key in tree:
+        if key not in known:
+            raise ConfigError(f"unknown key {_dotted(where, key)}{nearest(str(key), set(known) - {'name'})}")
+    hints = typing.get_type_hints(cls)
+    values = {key: _convert(hints[key], value, _dotted(where, key)) for key, value in tree.items()}
+    missing = [f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING]
+    for name in missing:
+        if name not in values:
+            raise ConfigError(f"{_dotted(where, name)} is missing: the recipe must set it")
+    return cls(**values)
+
+
+def _names(cls: type) -> str:
+    return ", ".join(f.name for f in fields(cls))
+
+
+def _dotted(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if hint == dict[str, RewardSettings]:
+        return _rewards(value, where)
+    if is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} is {value!r}: expected a list")
+        inner = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(inner) != len(value):
+            raise ConfigError(f"{where} is {value!r}: expected {len(inner)} values")
+        return tuple(_convert(a, v, where) for a, v in zip(inner, value, strict=True))
+    if hint is float:
+        return _number(value, where)
+    if hint is bool and isinstance(value, bool) or hint is str and isinstance(value, str):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    names = {int: "a whole number", str: "text", bool: "true or false"}
+    raise ConfigError(f"{where} is {value!r}: expected {names.get(hint, hint)}")
+
+
+def _number(value: Any, where: str) -> float:
+    """A float; also from text such as 1e-4, which YAML 1.1 reads as a string, and inf."""
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{where} is {value!r}: expected a number") from None
+
+
+def _rewards(value: Any, where: str) -> dict[str, RewardSettings]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} is {value!r}: expected sections named after rewards, {registry.available()}")
+    rewards = {}
+    for name, section in value.items():
+        options_type = registry.options_type(str(name))
+        entries = dict(section or {})
+        spec_names = {f.name for f in fields(RewardSpec)}
+        option_names = {f.name for f in fields(options_type)}
+        for key in entries:
+            if key not in spec_names | option_names:
+                raise ConfigError(f"unknown key {where}.{name}.{key}{nearest(str(key), spec_names | option_names)}")
+        spec = {k: v for k, v in entries.items() if k in spec_names}
+        options = {k: v for k, v in entries.items() if k in option_names}
+        at = f"{where}.{name}"
+        rewards[str(name)] = RewardSettings(_build(RewardSpec, spec, at), _build(options_type, options, at))
+    return rewards

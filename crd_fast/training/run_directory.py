@@ -1,0 +1,139 @@
+"""The files of a run: where they are, and how they are written without ever being half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crd_fast.errors import ConfigError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write aside and rename."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+class RunDirectory:
+    """runs/<name>: config.yaml, metrics.jsonl, summary.json, samples/, checkpoints/, lora/, report.html."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, wanted: str | None, recipe: str, *, resume: bool) -> RunDirectory:
+        """The directory to run in.
+
+        A new run needs a folder without a run in it; resuming needs one with. Without `wanted` a new run makes
+        runs/<recipe>-<time> and resuming takes the newest of those.
+
+        Raises ConfigError saying which, or that the folder cannot be written.
+        """
+        if wanted is not None:
+            path = Path(wanted)
+        elif resume:
+            earlier = sorted(Path("runs").glob(f"{recipe}-*/config.yaml"))
+            if not earlier:
+                raise ConfigError(f"--resume: no run of recipe {recipe} under runs/; name it with run.dir=...")
+            path = earlier[-1].parent
+        else:
+            path = Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+        has_run = (path / "config.yaml").exists()
+        if resume and not has_run:
+            raise ConfigError(f"--resume: {path} holds no run (no config.yaml); start it without --resume")
+        if has_run and not resume:
+            raise ConfigError(
+                f"run.dir {path} already holds a run: add --resume to continue it, or name another run.dir"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / ".writable"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(f"run.dir {path} cannot be written: {error}") from error
+        return cls(path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def truncate_metrics(self, epochs: int) -> None:
+        """Keep the rows of the first `epochs` epochs; later ones will be trained again. A torn last line goes too."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if row["epoch"] < epochs:
+                kept.append(line)
+        write_text(path, "".join(line + "\n" for line in kept))
+
+    def save_images(self, side: str, images: Tensor, indices: list[int]) -> None:
+        """samples/<side>/NNNNN.png of the chosen images (N, 3, H, W) in [0, 1]."""
+        from PIL import Image
+
+        folder = self.path / "samples" / side
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, index in enumerate(indices):
+            pixels = (images[index].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+            Image.fromarray(pixels).save(folder / f"{number:05d}.png")
+
+    def write_environment(self, device: torch.device) -> None:
+        packages = ("crd-fast", "torch", "diffusers", "transformers", "numpy", "rapidocr")
+        versions = {"python": platform.python_version()}
+        for package in packages:
+            try:
+                versions[package] = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                versions[package] = "not installed"
+        name = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+        )
+        write_json(
+            self / "environment.json",
+            {
+                "versions": versions,
+                "device": f"{device.type} ({name})",
+                "threads": torch.get_num_threads(),
+                "commit": _commit(),
+                "command": " ".join(["crd-fast", *sys.argv[1:]]),
+            },
+        )
+
+
+def _commit() -> str:
+    """The checkout's commit, or why there is none."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown ({error})"
+    return done.stdout.strip() if done.returncode == 0 else "not a checkout"

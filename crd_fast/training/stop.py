@@ -1,0 +1,43 @@
+"""Ctrl-C and SIGTERM as a request that the loop looks at, so that work stops where it can be resumed."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+
+class Interrupted(Exception):  # noqa: N818 - a request that was granted, not an error
+    """Raised by `StopRequest.check` after a signal; `name` is the signal's."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"stopped by {name}")
+        self.name = name
+
+
+class StopRequest:
+    """Installed as a context manager. A first signal asks; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self._received: str | None = None
+        self._previous: dict[int, signal._HANDLER] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = signal.Signals(number).name
+
+    def check(self) -> None:
+        """Raises Interrupted if a signal came."""
+        if self._received is not None:
+            raise Interrupted(self._received)

@@ -1,0 +1,35 @@
+"""Write the shapes world's prompt files, GenEval jsonl, to a folder.
+
+python examples/shapes/write_prompts.py recipes/prompts
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from crd_fast.shapes import world
+
+FILES = {
+    "shapes_train.jsonl": ("train", world.GENEVAL_TASKS),
+    "shapes_ocr_train.jsonl": ("train", ("text",)),
+    "shapes_test.jsonl": ("test", world.TASKS),
+}
+
+
+def lines(split: str, tasks: tuple[str, ...]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in world.prompts(split, tasks))
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python examples/shapes/write_prompts.py FOLDER")
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (split, tasks) in FILES.items():
+        (folder / name).write_text(lines(split, tasks))
+
+
+if __name__ == "__main__":
+    main()

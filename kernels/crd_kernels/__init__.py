@@ -1,0 +1,6 @@
+"""Triton kernels for CUDA tensors, imported as `crd_fast.kernels`.
+
+This room holds jit code, launch configurations and launchers that take and return tensors; it imports torch
+and triton only, and nothing of the rest of crd_fast. The directory above it has no `__init__.py`, so that
+`import kernels` from the repository root never hides the `kernels` package other libraries probe for.
+"""

@@ -1,0 +1,52 @@
+"""One data-parallel rank: `python rank_worker.py RANK WORLD FOLDER` reads inputs.pt, writes rankN.pt."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+import crd_fast
+
+
+def losses(inputs, configs, start, stop, process_group=None):
+    """(summed loss, gradient, implicit reward) of samples start..stop-1 under every configuration."""
+    results = []
+    for settings in configs:
+        rows = {name: tensor[start:stop] for name, tensor in inputs.items()}
+        f = rows.pop("f_theta").requires_grad_()
+        config = crd_fast.CRDConfig(**settings)
+        out = crd_fast.loss(f, rows.pop("target"), **rows, process_group=process_group, config=config)
+        out.loss.sum().backward()
+        results.append((out.loss.detach().sum(), f.grad, out.implicit_reward))
+    return results
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
+    )
+    first_alone = dist.new_group([0])
+    given = torch.load(folder / "inputs.pt")
+    batch = len(given["inputs"]["f_theta"]) // world
+    answer = {"together": losses(**given, start=rank * batch, stop=(rank + 1) * batch, process_group=dist.group.WORLD)}
+    if rank == 0:
+        answer["alone"] = losses(**given, start=0, stop=batch, process_group=first_alone)
+    start, stop = ((0, batch - 1), (batch - 1, 2 * batch))[rank]
+    try:
+        losses(**given, start=start, stop=stop, process_group=dist.group.WORLD)
+    except ValueError as error:
+        answer["unequal"] = str(error)
+    torch.save(answer, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from crd_fast.errors import ConfigError
+from crd_fast.training.config import build_recipe, dump_recipe, load_recipe
+
+ROOT = Path(__file__).parents[2]
+LEAST = {"model": {"path": "m"}, "data": {"prompts": "p"}, "rewards": {"geneval": {"weight": 2, "score": "strict"}}}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_committed_recipes_load_and_round_trip(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert build_recipe(yaml.safe_load(dump_recipe(recipe)), path.stem) == recipe
+
+
+def test_defaults_are_the_papers() -> None:
+    recipe = build_recipe(LEAST, "x")
+    algorithm, train = recipe.algorithm, recipe.train
+    assert (algorithm.beta, algorithm.kl_coef, algorithm.guidance_scale, algorithm.adv_clip) == (1.0, 0.1, 4.5, 5.0)
+    assert (train.groups, train.group_size, train.updates, train.lr) == (48, 24, 2, 3e-4)
+    assert (recipe.lora.rank, recipe.lora.alpha, recipe.rollout.steps) == (32, 64.0, 10)
+    assert [recipe.snapshots.old.at(e) for e in (0, 10, 1000)] == [0.25, 0.3, 0.999]
+    assert [recipe.snapshots.sampling.at(e) for e in (0, 74, 75, 85)] == [0.0, 0.0, 0.0, 0.075]
+
+
+def test_overrides_and_numbers_yaml_reads_as_text(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(LEAST))
+    recipe = load_recipe(file, ["train.lr=1e-4", "algorithm.temperature=inf", "run.dir=/tmp/x", "model.family=null"])
+    assert recipe.train.lr == 1e-4 and recipe.algorithm.temperature == float("inf")
+    assert recipe.run.dir == "/tmp/x" and recipe.model.family is None
+    assert recipe.rewards["geneval"].spec.weight == 2 and recipe.rewards["geneval"].options.score == "strict"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trian.lr=1", "unknown key trian; did you mean 'train'"),
+        ("train.learning_rate=1", "unknown key train.learning_rate"),
+        ("train.epoch=1", "unknown key train.epoch; did you mean 'epochs'"),
+        ("rewards.ocr.weigt=1", "unknown key rewards.ocr.weigt; did you mean 'weight'"),
+        ("rewards.genevall.weight=1", "unknown reward 'genevall'; did you mean 'geneval'"),
+        ("train.epochs=1.5", "train.epochs is 1.5: expected a whole number"),
+        ("train.lr=fast", "train.lr is 'fast': expected a number"),
+        ("algorithm.adaptive_kl=3", "algorithm.adaptive_kl is 3: expected true or false"),
+        ("algorithm.beta=-1", "beta: expected a finite number > 0, got -1"),
+        ("algorithm.kl_fraction=0", r"kl_fraction is 0.0: expected a share in \(0, 1\]"),
+        ("algorithm.reduction=sum", "belong to the loss"),
+        ("snapshots.old.initial=2", "snapshot decay initial is 2"),
+        ("precision.dtype=fp8", "expected 'fp32' or 'bf16'"),
+        ("evaluation.suite=shape", "did you mean 'shapes'"),
+        ("lora.targets=attn", "lora.targets is 'attn': expected a list"),
+        ("rollout.steps=0", "rollout.steps is 0"),
+        ("model=3", "model is 3: expected a section with path"),
+        ("train", "expected key=value"),
+        ("train.lr.x=1", "train.lr is 'x'|lr is a value|train.lr is"),
+    ],
+)
+def test_wrong_keys_and_values_say_what_is_right(tmp_path: Path, override: str, message: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(LEAST))
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(file, [override])
+
+
+def test_missing_parts_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model.path is missing"):
+        build_recipe(LEAST | {"model": {}}, "x")
+    with pytest.raises(ConfigError, match="has no rewards"):
+        build_recipe(LEAST | {"rewards": {}}, "x")
+    (tmp_path / "shapes.yaml").write_text("")
+    with pytest.raises(ConfigError, match="does not exist; did you mean 'shapes'"):
+        load_recipe(tmp_path / "shape.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_recipe(tmp_path / "bad.yaml")

@@ -1,0 +1,275 @@
+"""The real command on a tiny random pipeline: training, resuming, exporting, and every wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from crd_fast import backbones, cli
+from crd_fast.lora import TRAINED, LoRABank
+from crd_fast.rollout import generate, initial_noise
+from tests.tiny import save_sd3
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sd3(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def recipe(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random images rarely satisfy a prompt, so the reward counts squares of any colour where there are none."""
+    folder = tmp_path_factory.mktemp("recipe")
+    prompts = [
+        {"tag": "counting", "include": [{"class": "square", "count": n}], "prompt": f"{n} squares"} for n in (2, 3)
+    ]
+    held_out = [p | {"prompt": p["prompt"] + " please"} for p in prompts]
+    for name, rows in (("train", prompts), ("test", held_out)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "signs.jsonl").write_text(json.dumps({"prompt": "a sign without a quote", "tag": "text"}) + "\n")
+    tree = {
+        "model": {"path": str(pipeline)},
+        "data": {"prompts": str(folder / "train.jsonl"), "test_prompts": str(folder / "test.jsonl")},
+        "rewards": {"geneval": {"weight": 1, "score": "soft"}},
+        "algorithm": {"guidance_scale": 2.0, "kl_fraction": 0.5},
+        "lora": {"rank": 2, "alpha": 4},
+        "rollout": {"steps": 2, "batch": 4},
+        "train": {
+            "epochs": 3,
+            "groups": 2,
+            "group_size": 2,
+            "micro_batch": 2,
+            "updates": 2,
+            "timesteps": 2,
+            "timestep_strategy": "uniform",
+            "checkpoint_every": 1,
+        },
+        "precision": {"dtype": "fp32"},
+        "evaluation": {"suite": "shapes", "images": 2, "steps": 2},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def train(recipe: Path, *arguments: str, code: int = 0) -> None:
+    assert cli.main(["train", str(recipe), *arguments]) == code
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """Metrics without the wall clock."""
+    timed = ("seconds", "samples_per_second", "elapsed_seconds")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    train(recipe, f"run.dir={run}")
+    return run
+
+
+def test_a_run_leaves_every_file_of_its_contract(finished: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "environment.json", "report.html"):
+        assert (finished / name).is_file(), name
+    assert (finished / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert len(list((finished / "checkpoints").iterdir())) == 3
+    table = rows(finished)
+    assert [row["epoch"] for row in table] == [0, 1, 2] and [row["step"] for row in table] == [2, 4, 6]
+    assert {"loss", "policy_loss", "kl_loss", "kl", "reward", "implicit_reward_std", "grad_norm"} <= set(table[0])
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["samples"] == 12 and {"geneval_strict", "clean", "tasks"} <= set(summary["after"])
+    assert "tasks" in (finished / "report.html").read_text().lower()
+
+
+def test_tensorboard_has_the_same_numbers(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "tensorboard"))
+    events.Reload()
+    table = rows(finished)
+    expected_rows = {"loss": [r["loss"] for r in table], "reward/geneval": [r["reward"]["geneval"] for r in table]}
+    for name, expected in expected_rows.items():
+        assert [e.value for e in events.Scalars(name)] == pytest.approx(expected, rel=1e-5, abs=1e-7)
+        assert [e.step for e in events.Scalars(name)] == [0, 1, 2]
+
+
+def test_the_same_seed_gives_the_same_run(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    train(recipe, f"run.dir={tmp_path / 'again'}")
+    assert rows(tmp_path / "again") == rows(finished)
+    assert (tmp_path / "again" / "summary.json").read_bytes() == (finished / "summary.json").read_bytes()
+    train(recipe, f"run.dir={tmp_path / 'other'}", "run.seed=1")
+    assert rows(tmp_path / "other") != rows(finished)
+
+
+def test_resuming_repeats_the_uninterrupted_run(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(recipe, f"run.dir={run}", "train.epochs=1")
+    assert len(rows(run)) == 1
+    train(recipe, f"run.dir={run}", "--resume")
+    assert rows(run) == rows(finished)
+    first, second = (load_file(r / "lora" / "pytorch_lora_weights.safetensors") for r in (run, finished))
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    recipe: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    state = run / "checkpoints" / "epoch_000003" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    train(recipe, f"run.dir={run}", "--resume")
+    out = capsys.readouterr().out
+    assert "epoch_000003 is damaged" in out and "resumed from epoch_000002" in out
+    assert rows(run) == rows(finished)
+
+
+def test_sigterm_saves_and_resume_gives_the_same_losses(recipe: Path, tmp_path: Path) -> None:
+    """In its own process: a run long enough to be caught in the middle, against the same run left alone."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(recipe, f"run.dir={whole}", "train.epochs=8")
+    command = [sys.executable, "-m", "crd_fast", "train", str(recipe), f"run.dir={cut}", "train.epochs=8"]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    deadline = time.monotonic() + 120
+    while not (cut / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert "stopped by SIGTERM" in out and "--resume" in out
+    assert 1 <= len(rows(cut)) < 8
+    saved = max((cut / "checkpoints").iterdir())
+    state = torch.load(saved / "state.pt", weights_only=True)["bank"]["trained"]
+    adapter = load_file(saved / "pytorch_lora_weights.safetensors")
+    downs = sorted(t.sum().item() for name, t in adapter.items() if "lora_A" in name)
+    assert downs == sorted(t.sum().item() for t in state[::2]), "state and adapter of a checkpoint belong together"
+    train(recipe, f"run.dir={cut}", "train.epochs=8", "--resume")
+    assert [row["epoch"] for row in rows(cut)] == list(range(8))
+    assert rows(cut) == rows(whole)
+
+
+def test_diffusers_reproduces_our_samples_from_the_saved_lora(pipeline: Path, finished: Path) -> None:
+    from diffusers import StableDiffusion3Pipeline
+
+    lora = finished / "lora"
+    backbone = backbones.load(str(pipeline), max_sequence_length=1)
+    bank = LoRABank(backbone.transformer, backbone.lora_targets, rank=2, alpha=2.0, seed=0)
+    bank.load(load_file(lora / "pytorch_lora_weights.safetensors"))
+    prompts = ["2 squares", "3 squares"]
+    embedded = backbone.encode_prompts(["", *prompts])
+    start = initial_noise(backbone, torch.arange(2), 7)
+    options = {"steps": 4, "guidance_scale": 2.5, "unconditional": embedded[:1]}
+    with bank.merged(TRAINED):
+        latents = generate(backbone, embedded[1:], start, **options)
+        ours = backbone.decode(latents)
+    theirs = StableDiffusion3Pipeline.from_pretrained(pipeline, text_encoder_3=None, tokenizer_3=None)
+    theirs.load_lora_weights(lora)
+    theirs.set_progress_bar_config(disable=True)
+    call = {
+        "latents": start,
+        "num_inference_steps": 4,
+        "guidance_scale": 2.5,
+        "max_sequence_length": 1,
+        "height": 64,
+        "width": 64,
+    }
+    images = theirs(prompts, output_type="pt", **call).images
+    torch.testing.assert_close(ours, images, rtol=1e-4, atol=1e-5)
+    theirs.unload_lora_weights()
+    assert (theirs(prompts, output_type="pt", **call).images - images).abs().max() > 1e-5, "the adapter does something"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.epoch=3"], "did you mean 'epochs'"),
+        (["model.path=/nowhere/model"], "/nowhere/model is not a folder"),
+        (["model.family=flux1"], "model.family is 'flux1'"),
+        (["train.group_size=3"], "train.group_size 3 does not divide"),
+        (["lora.targets=[attn.to_x]"], "no linear layer ends with"),
+        (["model.resolution=50"], "expected a multiple of 16"),
+        (["--resume"], "holds no run"),
+    ],
+)
+def test_wrong_input_exits_2_and_says_what_to_do(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    train(recipe, f"run.dir={tmp_path / 'run'}", *arguments, code=2)
+    assert message in capsys.readouterr().err
+
+
+def test_ocr_prompts_need_their_quotes(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    signs = f"data.prompts={recipe.parent / 'signs.jsonl'}"
+    train(recipe, f"run.dir={tmp_path / 'run'}", signs, "rewards={ocr: {weight: 1}}", code=2)
+    assert "signs.jsonl:1" in capsys.readouterr().err
+
+
+def test_overlapping_prompt_sets_are_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same = f"data.test_prompts={recipe.parent / 'train.jsonl'}"
+    train(recipe, f"run.dir={tmp_path / 'run'}", same, code=2)
+    assert "2 squares" in capsys.readouterr().err
+
+
+def test_a_run_directory_is_never_overwritten_nor_mixed(
+    recipe: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(recipe, f"run.dir={finished}", code=2)
+    assert "already holds a run: add --resume" in capsys.readouterr().err
+    train(recipe, f"run.dir={finished}", "--resume", "train.lr=0.5", code=2)
+    assert "train.lr was 0.0003, now 0.5" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_made_is_named(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    train(recipe, f"run.dir={tmp_path / 'file' / 'run'}", code=2)
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_gradients_that_are_not_finite_stop_the_run(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate that blows the adapter up: the first step overflows it, the second has nothing finite left."""
+    train(
+        recipe, f"run.dir={tmp_path / 'run'}", "train.lr=1e30", "train.max_skipped=1", "evaluation.suite=null", code=2
+    )
+    error = capsys.readouterr().err
+    assert "1 optimiser steps in a row had a gradient that is not finite (epoch 0, sigma" in error
+    assert "last good checkpoint: none yet" in error
+
+
+def test_sample_writes_pictures_with_and_without_the_adapter(pipeline: Path, finished: Path, tmp_path: Path) -> None:
+    common = ["sample", "--model", str(pipeline), "--prompt", "2 squares", "--count", "2", "--steps", "2"]
+    assert cli.main([*common, "--out", str(tmp_path / "base")]) == 0
+    assert cli.main([*common, "--out", str(tmp_path / "tuned"), "--lora", str(finished)]) == 0
+    assert sorted(p.name for p in (tmp_path / "base").iterdir()) == ["00000.png", "00001.png"]
+    assert cli.main([*common, "--lora", str(tmp_path)]) == 2
+
+
+def test_doctor_reports_the_extension(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "extension    built" in out and "torch" in out
