@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from crd_fast.errors import ExtensionMissingError
+from crd_fast.reference import ResidualInputs
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 BUILD_COMMAND = f"{sys.executable} -m pip install --no-deps --force-reinstall -e ."
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -52,8 +54,8 @@ def noise(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream: int,
     """Writes (1 - sigma) x0 + sigma epsilon(seed, stream, sample_ids) into `out`, rounding fp32 once.
 
     Args:
-        x0, out: CPU tensors (B, *latent) of one shape, float32, bfloat16 or float16 each; samples are
-            contiguous, any stride (not overlapping in `out`) lies between them.
+        x0, out: CPU tensors (B, *latent) of one shape in any layout (not overlapping in `out`), float32, bfloat16
+            or float16 each.
         sigma: (B,) float32, contiguous. sample_ids: (B,) int64, contiguous.
         seed: any Python integer, taken modulo 2^64. stream: int32.
 
@@ -61,19 +63,12 @@ def noise(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream: int,
         ExtensionMissingError: the extension is not there.
         ValueError: a tensor has another device, dtype, shape or layout, or the stream is not an int32.
     """
-    if x0.shape != out.shape:
-        raise ValueError(f"x0 is {tuple(x0.shape)} and out {tuple(out.shape)}; expected one shape")
-    batch, dim = _rows("out", out)
-    _rows("x0", x0)
+    batch, dim = _sizes("out", out)
     _vector("sigma", sigma, batch, torch.float32)
     _vector("sample_ids", sample_ids, batch, torch.int64)
     extension().noise(
-        x0.data_ptr(),
-        DTYPE_CODES[x0.dtype],
-        _row_stride(x0, dim),
-        out.data_ptr(),
-        DTYPE_CODES[out.dtype],
-        _row_stride(out, dim),
+        _rows("x0", x0, out),
+        _rows("out", out, out),
         sigma.data_ptr(),
         sample_ids.data_ptr(),
         batch,
@@ -86,12 +81,12 @@ def noise(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream: int,
 
 def epsilon(sample_ids: Tensor, seed: int, stream: int, out: Tensor) -> None:
     """Writes the standard normals of `noise` into `out` (B, *latent); arguments and errors as there."""
-    batch, dim = _rows("out", out)
+    batch, dim = _sizes("out", out)
     _vector("sample_ids", sample_ids, batch, torch.int64)
-    extension().epsilon(
-        out.data_ptr(),
-        DTYPE_CODES[out.dtype],
-        _row_stride(out, dim),
+    extension().noise(
+        None,
+        _rows("out", out, out),
+        0,
         sample_ids.data_ptr(),
         batch,
         dim,
@@ -101,25 +96,115 @@ def epsilon(sample_ids: Tensor, seed: int, stream: int, out: Tensor) -> None:
     )
 
 
-def _rows(name: str, tensor: Tensor) -> tuple[int, int]:
-    """(batch, elements per sample) of a tensor the kernels can walk as dense rows."""
+def residual_sums(inputs: ResidualInputs) -> Tensor:
+    """(B, 3) float64 sums over the valid elements: squared error, absolute error, squared gap to the anchor.
+
+    Raises:
+        ExtensionMissingError: the extension is not there.
+        ValueError: a tensor has another device, dtype or shape.
+    """
+    batch, dim = _sizes("predicted", inputs.predicted)
+    sums = torch.zeros(batch, 3, dtype=torch.float64)
+    extension().residual_sums(*_residual_arguments(inputs), batch, dim, sums.data_ptr(), torch.get_num_threads())
+    return sums
+
+
+def residual_grad(inputs: ResidualInputs, error_weight: Tensor, gap_weight: Tensor, out: Tensor) -> None:
+    """Writes error_weight (f - y) + gap_weight (f - f_ref) into `out`, zero where the mask is.
+
+    error_weight, gap_weight: (B,) float32; a weight of zero drops its term. out: like `predicted`, any layout.
+    Errors as in `residual_sums`.
+    """
+    batch, dim = _sizes("predicted", inputs.predicted)
+    _vector("error_weight", error_weight, batch, torch.float32)
+    _vector("gap_weight", gap_weight, batch, torch.float32)
+    extension().residual_grad(
+        *_residual_arguments(inputs),
+        batch,
+        dim,
+        error_weight.data_ptr(),
+        gap_weight.data_ptr(),
+        _rows("grad", _ordered(inputs, out), _ordered(inputs, inputs.predicted)),
+        torch.get_num_threads(),
+    )
+
+
+_TENSOR, _VELOCITY, _CLEAN, _NOISE = range(4)  # csrc/residual.h, enum Target
+
+
+def _residual_arguments(inputs: ResidualInputs) -> tuple[Any, ...]:
+    """The arguments that sums and gradient share, up to the mask."""
+    kind = _TENSOR if inputs.target is not None else {"v": _VELOCITY, "x0": _CLEAN, "eps": _NOISE}[inputs.prediction]
+    target = {_TENSOR: inputs.target, _NOISE: None}.get(kind, inputs.x0)
+    predicted = _ordered(inputs, inputs.predicted)
+
+    def rows(name: str, tensor: Tensor | None) -> _Rows | None:
+        return None if tensor is None else _rows(name, _ordered(inputs, tensor), predicted)
+
+    sample_ids = 0
+    if kind in (_VELOCITY, _NOISE):
+        if inputs.sample_ids is None:
+            raise ValueError("residual op: expected a target tensor, or all of x0, sigma and sample_ids")
+        _vector("sample_ids", inputs.sample_ids, len(predicted), torch.int64)
+        sample_ids = inputs.sample_ids.data_ptr()
+    mask = None if inputs.mask is None else inputs.mask.expand(inputs.predicted.shape)
+    return (
+        _rows("predicted", predicted, predicted),
+        kind,
+        rows("target", target),
+        sample_ids,
+        inputs.seed % 2**64,
+        _int32("stream", inputs.stream),
+        rows("ref", inputs.ref),
+        rows("ref_uncond", inputs.ref_uncond),
+        inputs.guidance_scale,
+        rows("mask", mask),
+    )
+
+
+def _ordered(inputs: ResidualInputs, tensor: Tensor) -> Tensor:
+    """`tensor` with its axes in the memory order of `predicted`, where the order of elements is free.
+
+    It is free when the target is a tensor; noise belongs to an element's place in the logical order.
+    """
+    predicted = inputs.predicted
+    if inputs.target is None or predicted.is_contiguous():
+        return tensor
+    axes = sorted(range(1, predicted.ndim), key=predicted.stride, reverse=True)
+    return tensor.permute(0, *axes)
+
+
+# Address, dtype code, elements between rows, sizes and strides of a row's axes.
+_Rows: TypeAlias = tuple[int, int, int, list[int], list[int]]
+
+
+def _sizes(name: str, tensor: Tensor) -> tuple[int, int]:
+    """(batch, elements per sample)."""
+    if tensor.dim() == 0:
+        raise ValueError(f"{name} is a scalar; expected a batch (B, *latent)")
+    return tensor.shape[0], tensor.shape[1:].numel()
+
+
+def _rows(name: str, tensor: Tensor, like: Tensor) -> _Rows:
+    """What the extension needs to know of a tensor with the shape of `like`; neighbouring axes are merged."""
     if tensor.device.type != "cpu":
         raise ValueError(f"{name} is on {tensor.device}; expected a CPU tensor")
     if tensor.dtype not in DTYPE_CODES:
         raise ValueError(f"{name} is {tensor.dtype}; expected float32, bfloat16 or float16")
-    if tensor.dim() == 0:
-        raise ValueError(f"{name} is a scalar; expected a batch (B, *latent)")
-    batch = tensor.shape[0]
-    if batch > 0 and not tensor[0].is_contiguous():
-        raise ValueError(
-            f"{name} of shape {tuple(tensor.shape)} has strides {tensor.stride()}; expected contiguous "
-            f"samples, call .contiguous() first"
-        )
-    return batch, tensor[:1].numel()
-
-
-def _row_stride(tensor: Tensor, dim: int) -> int:
-    return tensor.stride(0) if tensor.shape[0] > 1 else dim
+    if tensor.shape != like.shape:
+        raise ValueError(f"{name} is {tuple(tensor.shape)}; expected {tuple(like.shape)}")
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == size * stride:
+            sizes[-1] *= size
+            strides[-1] = stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.stride(0), sizes or [1], strides or [1]
 
 
 def _vector(name: str, tensor: Tensor, batch: int, dtype: torch.dtype) -> None:

@@ -4,8 +4,8 @@
 |---------------|-----------------------------------|--------------------|--------------------|
 | noise         | C++ extension                     | PyTorch formulas   | PyTorch formulas   |
 | epsilon       | C++ extension                     | PyTorch formulas   | PyTorch formulas   |
-| residual_stats| PyTorch formulas                  | PyTorch formulas   | PyTorch formulas   |
-| residual_grad | PyTorch formulas                  | PyTorch formulas   | PyTorch formulas   |
+| residual_stats| C++ extension                     | PyTorch formulas   | PyTorch formulas   |
+| residual_grad | C++ extension                     | PyTorch formulas   | PyTorch formulas   |
 
 "PyTorch formulas" is `crd_fast.reference`, which runs wherever PyTorch does. `CRD_FAST_BACKEND=reference`
 selects it for everything. Where the table says C++ and the extension is missing, the call raises
@@ -45,12 +45,12 @@ def _compiled(*dtypes: torch.dtype) -> bool:
     backend = os.environ.get("CRD_FAST_BACKEND", "auto")
     if backend not in BACKENDS:
         raise ConfigError(f"CRD_FAST_BACKEND={backend!r}: expected one of {', '.join(BACKENDS)} (unset means auto)")
-    return backend == "auto" and all(dtype in native.DTYPE_CODES for dtype in dtypes)
+    return backend == "auto" and all(dtype in native.FLOAT_DTYPES for dtype in dtypes)
 
 
-def _dense_rows(x: Tensor) -> Tensor:
-    """`x` itself when every sample is contiguous in row-major order, else a contiguous copy."""
-    return x if x[0].is_contiguous() else x.contiguous()
+def _compiled_residual(inputs: ResidualInputs) -> bool:
+    latents = (inputs.predicted, inputs.target, inputs.x0, inputs.ref, inputs.ref_uncond)
+    return _compiled(*(tensor.dtype for tensor in latents if tensor is not None))
 
 
 # --- noise ------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def _noise_cpu(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream:
     if not _compiled(x0.dtype, dtype):
         return reference.noise(x0, sigma, sample_ids, seed, stream, dtype)
     out = torch.empty(x0.shape, dtype=dtype)
-    native.noise(_dense_rows(x0), sigma.float().contiguous(), sample_ids.contiguous(), seed, stream, out)
+    native.noise(x0, sigma.float().contiguous(), sample_ids.contiguous(), seed, stream, out)
     return out
 
 
@@ -132,6 +132,17 @@ def residual_stats(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return reference.residual_stats(ResidualInputs(*arguments))
 
 
+@residual_stats.register_kernel("cpu")
+def _residual_stats_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = _dense_ids(ResidualInputs(*arguments))
+    if not _compiled_residual(inputs):
+        return reference.residual_stats(inputs)
+    factor, count = reference.factor_and_count(inputs, torch.float64)
+    mean = native.residual_sums(inputs) / count[:, None]  # (B, 3)
+    mse, mae, kl = (mean * torch.stack((factor.square(), factor, factor.square()), 1)).float().unbind(1)
+    return mse.clone(), mae.clone(), kl.clone()
+
+
 @residual_stats.register_fake
 def _residual_stats_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs = ResidualInputs(*arguments)
@@ -149,6 +160,23 @@ def residual_grad(*arguments: Any) -> Tensor:
     """dL/dpredicted from dL/dE and dL/dK, each (B,); shape, dtype and layout of `predicted`."""
     *inputs, grad_mse, grad_kl = arguments
     return reference.residual_grad(ResidualInputs(*inputs), grad_mse, grad_kl)
+
+
+@residual_grad.register_kernel("cpu")
+def _residual_grad_cpu(*arguments: Any) -> Tensor:
+    *shared, grad_mse, grad_kl = arguments
+    inputs = _dense_ids(ResidualInputs(*shared))
+    if not _compiled_residual(inputs):
+        return reference.residual_grad(inputs, grad_mse, grad_kl)
+    factor, count = reference.factor_and_count(inputs, torch.float64)
+    scale = 2.0 * factor.square() / count  # (B,)
+    out = torch.empty_like(inputs.predicted)
+    native.residual_grad(inputs, (scale * grad_mse).float(), (scale * grad_kl).float(), out)
+    return out
+
+
+def _dense_ids(inputs: ResidualInputs) -> ResidualInputs:
+    return inputs if inputs.sample_ids is None else inputs._replace(sample_ids=inputs.sample_ids.contiguous())
 
 
 @residual_grad.register_fake

@@ -190,7 +190,7 @@ def residual_stats(inputs: ResidualInputs) -> tuple[torch.Tensor, torch.Tensor, 
     mse, mae, kl = (torch.zeros(batch, dtype=dtype, device=inputs.predicted.device) for _ in range(3))
     for start, stop in _row_ranges(batch, inputs.predicted[0].numel()):
         rows = inputs.rows(start, stop)
-        factor, count = _factor_and_count(rows, dtype)  # (rows,), (rows,)
+        factor, count = factor_and_count(rows, dtype)  # (rows,), (rows,)
         error = _masked(rows.predicted.to(dtype) - _target(rows, dtype), rows.mask).flatten(1)  # (rows, D)
         mse[start:stop] = factor.square() * error.square().sum(1) / count
         mae[start:stop] = factor * error.abs().sum(1) / count
@@ -212,7 +212,7 @@ def residual_grad(inputs: ResidualInputs, grad_mse: torch.Tensor, grad_kl: torch
     for start, stop in _row_ranges(out.shape[0], inputs.predicted[0].numel()):
         rows = inputs.rows(start, stop)
         predicted = rows.predicted.to(dtype)
-        factor, count = _factor_and_count(rows, dtype)
+        factor, count = factor_and_count(rows, dtype)
         scale = 2.0 * factor.square() / count  # (rows,)
         grad = _weighted(scale * grad_mse[start:stop].to(dtype), predicted - _target(rows, dtype))
         anchor = _anchor(rows, dtype)
@@ -251,7 +251,7 @@ def _anchor(rows: ResidualInputs, dtype: torch.dtype) -> torch.Tensor | None:
     return unconditional + rows.guidance_scale * (conditional - unconditional)
 
 
-def _factor_and_count(rows: ResidualInputs, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def factor_and_count(rows: ResidualInputs, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows,) velocity factor and (rows,) number of valid elements, at least one."""
     predicted = rows.predicted
     batch, dim = predicted.shape[0], predicted[0].numel()

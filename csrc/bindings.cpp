@@ -5,11 +5,15 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "instruction_set.h"
 #include "noising.h"
+#include "residual.h"
 
 namespace py = pybind11;
 
@@ -18,9 +22,9 @@ namespace {
 using Address = std::uintptr_t;
 
 crd::Dtype dtype_from_code(const char* name, int code) {
-  if (code < 0 || code > 2) {
-    throw std::invalid_argument(std::string(name) + " is " + std::to_string(code) +
-                                "; expected 0 (float32), 1 (bfloat16) or 2 (float16)");
+  if (code < 0 || code > 3) {
+    throw std::invalid_argument(std::string(name) + " has dtype code " + std::to_string(code) +
+                                "; expected 0 (float32), 1 (bfloat16), 2 (float16) or 3 (bool)");
   }
   return static_cast<crd::Dtype>(code);
 }
@@ -36,51 +40,135 @@ void require_address(const char* name, Address address) {
   if (address == 0) throw std::invalid_argument(std::string(name) + " is null; expected the address of its data");
 }
 
-// Rows that overlap would be written by several threads at once.
-void require_row_stride(const char* name, int64_t stride, int64_t batch, int64_t dim, bool written) {
-  require_at_least(name, stride, 0);
-  if (written && batch > 1 && stride < dim) {
-    throw std::invalid_argument(std::string(name) + " is " + std::to_string(stride) + "; expected at least dim = " +
-                                std::to_string(dim) + ", or rows overlap");
+// A tensor as the Python side describes it: address, dtype code, elements between rows, and the sizes and strides of a
+// row's axes.
+using Tensor = std::tuple<Address, int, int64_t, std::vector<int64_t>, std::vector<int64_t>>;
+
+crd::Rows rows_of(const char* name, const std::optional<Tensor>& tensor, int64_t dim) {
+  crd::Rows rows;
+  if (!tensor) return rows;
+  const auto& [address, dtype, row_stride, sizes, strides] = *tensor;
+  require_address(name, address);
+  rows.data = reinterpret_cast<void*>(address);
+  rows.dtype = dtype_from_code(name, dtype);
+  rows.row_stride = row_stride;
+  require_at_least(name, row_stride, 0);
+  if (sizes.empty() || sizes.size() != strides.size() || sizes.size() > static_cast<size_t>(crd::kMaxRowAxes)) {
+    throw std::invalid_argument(std::string(name) + " has " + std::to_string(sizes.size()) + " sizes and " +
+                                std::to_string(strides.size()) + " strides; expected as many of each, 1 to " +
+                                std::to_string(crd::kMaxRowAxes));
   }
+  int64_t elements = 1;
+  rows.axes = static_cast<int>(sizes.size());
+  for (size_t axis = 0; axis < sizes.size(); ++axis) {
+    require_at_least(name, sizes[axis], 1);
+    require_at_least(name, strides[axis], 0);
+    rows.sizes[axis] = sizes[axis];
+    rows.strides[axis] = strides[axis];
+    elements *= sizes[axis];
+  }
+  if (elements != dim) {
+    throw std::invalid_argument(std::string(name) + " has rows of " + std::to_string(elements) +
+                                " elements; expected dim = " + std::to_string(dim));
+  }
+  return rows;
 }
 
-void noise(Address x0_ptr, int x0_dtype, int64_t x0_row_stride, Address out_ptr, int out_dtype, int64_t out_row_stride,
-           Address sigma_ptr, Address sample_ids_ptr, int64_t batch, int64_t dim, uint64_t seed, int32_t stream,
-           int64_t threads) {
+// Rows that overlap would be written by several threads at once, elements that do by one twice.
+crd::Rows written_rows(const char* name, const Tensor& tensor, int64_t batch, int64_t dim) {
+  const crd::Rows rows = rows_of(name, tensor, dim);
+  if (rows.dtype == crd::Dtype::kMask) throw std::invalid_argument(std::string(name) + " is a mask; expected floats");
+  int64_t extent = 1;
+  for (int axis = 0; axis < rows.axes; ++axis) extent += (rows.sizes[axis] - 1) * rows.strides[axis];
+  if (extent < dim || (batch > 1 && rows.row_stride < dim)) {
+    throw std::invalid_argument(std::string(name) + " has a row stride of " + std::to_string(rows.row_stride) +
+                                " and rows spread over " + std::to_string(extent) + "; expected at least dim = " +
+                                std::to_string(dim) + " of both, or elements overlap");
+  }
+  return rows;
+}
+
+void require_sizes(int64_t batch, int64_t dim, int64_t threads) {
   require_at_least("batch", batch, 0);
   require_at_least("dim", dim, 0);
   require_at_least("threads", threads, 1);
-  const crd::Dtype x0_type = dtype_from_code("x0_dtype", x0_dtype);
-  const crd::Dtype out_type = dtype_from_code("out_dtype", out_dtype);
-  require_row_stride("x0_row_stride", x0_row_stride, batch, dim, false);
-  require_row_stride("out_row_stride", out_row_stride, batch, dim, true);
-  if (batch == 0 || dim == 0) return;
-  require_address("x0_ptr", x0_ptr);
-  require_address("out_ptr", out_ptr);
-  require_address("sigma_ptr", sigma_ptr);
-  require_address("sample_ids_ptr", sample_ids_ptr);
-  py::gil_scoped_release unlocked;
-  crd::run_noising({reinterpret_cast<const void*>(x0_ptr), x0_type, x0_row_stride, reinterpret_cast<void*>(out_ptr),
-                    out_type, out_row_stride, reinterpret_cast<const float*>(sigma_ptr),
-                    reinterpret_cast<const int64_t*>(sample_ids_ptr), batch, dim, seed, stream},
-                   threads);
 }
 
-void epsilon(Address out_ptr, int out_dtype, int64_t out_row_stride, Address sample_ids_ptr, int64_t batch, int64_t dim,
-             uint64_t seed, int32_t stream, int64_t threads) {
-  require_at_least("batch", batch, 0);
-  require_at_least("dim", dim, 0);
-  require_at_least("threads", threads, 1);
-  const crd::Dtype out_type = dtype_from_code("out_dtype", out_dtype);
-  require_row_stride("out_row_stride", out_row_stride, batch, dim, true);
+void noise(const std::optional<Tensor>& x0, const Tensor& out, Address sigma, Address sample_ids, int64_t batch,
+           int64_t dim, uint64_t seed, int32_t stream, int64_t threads) {
+  require_sizes(batch, dim, threads);
   if (batch == 0 || dim == 0) return;
-  require_address("out_ptr", out_ptr);
-  require_address("sample_ids_ptr", sample_ids_ptr);
+  if (x0) require_address("sigma", sigma);
+  require_address("sample_ids", sample_ids);
+  const crd::NoisingArgs args{rows_of("x0", x0, dim),
+                              written_rows("out", out, batch, dim),
+                              reinterpret_cast<const float*>(sigma),
+                              {reinterpret_cast<const int64_t*>(sample_ids), seed, stream},
+                              batch,
+                              dim};
   py::gil_scoped_release unlocked;
-  crd::run_noising({nullptr, out_type, 0, reinterpret_cast<void*>(out_ptr), out_type, out_row_stride, nullptr,
-                    reinterpret_cast<const int64_t*>(sample_ids_ptr), batch, dim, seed, stream},
-                   threads);
+  crd::run_noising(args, threads);
+}
+
+// `sample_ids` is looked at when the target is made from the seed.
+crd::ResidualArgs residual_args(const Tensor& predicted, int target_kind, const std::optional<Tensor>& target,
+                                Address sample_ids, uint64_t seed, int32_t stream, const std::optional<Tensor>& ref,
+                                const std::optional<Tensor>& ref_uncond, float guidance_scale,
+                                const std::optional<Tensor>& mask, int64_t batch, int64_t dim) {
+  if (target_kind < 0 || target_kind > 3) {
+    throw std::invalid_argument("target_kind is " + std::to_string(target_kind) +
+                                "; expected 0 (a tensor), 1 (velocity), 2 (clean) or 3 (noise)");
+  }
+  const auto kind = static_cast<crd::Target>(target_kind);
+  if (target.has_value() == (kind == crd::Target::kNoise)) {
+    throw std::invalid_argument("target is looked at unless target_kind is 3 (noise)");
+  }
+  if (kind == crd::Target::kVelocity || kind == crd::Target::kNoise) require_address("sample_ids", sample_ids);
+  if (ref_uncond && !ref) throw std::invalid_argument("ref_uncond without ref; expected both or ref alone");
+  crd::ResidualArgs args{rows_of("predicted", predicted, dim),
+                         kind,
+                         rows_of("target", target, dim),
+                         {reinterpret_cast<const int64_t*>(sample_ids), seed, stream},
+                         rows_of("ref", ref, dim),
+                         rows_of("ref_uncond", ref_uncond, dim),
+                         guidance_scale,
+                         rows_of("mask", mask, dim),
+                         batch,
+                         dim};
+  if (mask && args.mask.dtype != crd::Dtype::kMask) throw std::invalid_argument("mask: expected dtype code 3 (bool)");
+  return args;
+}
+
+// sums (batch, 3) fp64: squared error, absolute error, squared gap.
+void residual_sums(const Tensor& predicted, int target_kind, const std::optional<Tensor>& target, Address sample_ids,
+                   uint64_t seed, int32_t stream, const std::optional<Tensor>& ref,
+                   const std::optional<Tensor>& ref_uncond, float guidance_scale, const std::optional<Tensor>& mask,
+                   int64_t batch, int64_t dim, Address sums, int64_t threads) {
+  static_assert(sizeof(crd::ResidualSums) == 3 * sizeof(double), "sums are three doubles a sample");
+  require_sizes(batch, dim, threads);
+  if (batch == 0 || dim == 0) return;
+  require_address("sums", sums);
+  const crd::ResidualArgs args = residual_args(predicted, target_kind, target, sample_ids, seed, stream, ref,
+                                               ref_uncond, guidance_scale, mask, batch, dim);
+  py::gil_scoped_release unlocked;
+  crd::run_residual_sums(args, reinterpret_cast<crd::ResidualSums*>(sums), threads);
+}
+
+void residual_grad(const Tensor& predicted, int target_kind, const std::optional<Tensor>& target, Address sample_ids,
+                   uint64_t seed, int32_t stream, const std::optional<Tensor>& ref,
+                   const std::optional<Tensor>& ref_uncond, float guidance_scale, const std::optional<Tensor>& mask,
+                   int64_t batch, int64_t dim, Address error_weight, Address gap_weight, const Tensor& grad,
+                   int64_t threads) {
+  require_sizes(batch, dim, threads);
+  if (batch == 0 || dim == 0) return;
+  require_address("error_weight", error_weight);
+  require_address("gap_weight", gap_weight);
+  const crd::ResidualArgs args = residual_args(predicted, target_kind, target, sample_ids, seed, stream, ref,
+                                               ref_uncond, guidance_scale, mask, batch, dim);
+  const crd::Rows grad_rows = written_rows("grad", grad, batch, dim);
+  py::gil_scoped_release unlocked;
+  crd::run_residual_grad(args, reinterpret_cast<const float*>(error_weight),
+                         reinterpret_cast<const float*>(gap_weight), grad_rows, threads);
 }
 
 py::tuple philox4x32(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
@@ -92,14 +180,19 @@ py::tuple philox4x32(const std::array<uint32_t, 4>& counter, const std::array<ui
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of crd_fast: addresses, sizes and dtype codes (0 float32, 1 bfloat16, 2 float16) in.";
-  m.def("noise", &noise, "x_t = (1 - sigma) x0 + sigma epsilon in fp32, rounded to the output dtype.",
-        py::arg("x0_ptr"), py::arg("x0_dtype"), py::arg("x0_row_stride"), py::arg("out_ptr"), py::arg("out_dtype"),
-        py::arg("out_row_stride"), py::arg("sigma_ptr"), py::arg("sample_ids_ptr"), py::arg("batch"), py::arg("dim"),
+  m.doc() = "CPU kernels of crd_fast: addresses, sizes, strides and dtype codes (0 float32, 1 bfloat16, 2 float16, 3 bool) in.";
+  m.def("noise", &noise, "x_t = (1 - sigma) x0 + sigma epsilon in fp32, rounded to the output dtype; epsilon without x0.",
+        py::arg("x0"), py::arg("out"), py::arg("sigma"), py::arg("sample_ids"), py::arg("batch"), py::arg("dim"),
         py::arg("seed"), py::arg("stream"), py::arg("threads"));
-  m.def("epsilon", &epsilon, "The standard normals that noise() adds.", py::arg("out_ptr"), py::arg("out_dtype"),
-        py::arg("out_row_stride"), py::arg("sample_ids_ptr"), py::arg("batch"), py::arg("dim"), py::arg("seed"),
-        py::arg("stream"), py::arg("threads"));
+  m.def("residual_sums", &residual_sums, "Sums of squared error, absolute error and squared gap to the anchor, per row.",
+        py::arg("predicted"), py::arg("target_kind"), py::arg("target"), py::arg("sample_ids"), py::arg("seed"),
+        py::arg("stream"), py::arg("ref"), py::arg("ref_uncond"), py::arg("guidance_scale"), py::arg("mask"),
+        py::arg("batch"), py::arg("dim"), py::arg("sums"), py::arg("threads"));
+  m.def("residual_grad", &residual_grad, "error_weight (f - y) + gap_weight (f - g), rounded to the output dtype.",
+        py::arg("predicted"), py::arg("target_kind"), py::arg("target"), py::arg("sample_ids"), py::arg("seed"),
+        py::arg("stream"), py::arg("ref"), py::arg("ref_uncond"), py::arg("guidance_scale"), py::arg("mask"),
+        py::arg("batch"), py::arg("dim"), py::arg("error_weight"), py::arg("gap_weight"), py::arg("grad"),
+        py::arg("threads"));
   m.def("philox4x32", &philox4x32, "One Philox4x32-10 block: 4 words from a counter of 4 words and a key of 2.",
         py::arg("counter"), py::arg("key"));
   m.def(

@@ -9,7 +9,7 @@
 
 namespace crd {
 
-enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kMask = 3 };
 
 static inline float from_bfloat16(uint16_t half) { return float_of(static_cast<uint32_t>(half) << 16); }
 

@@ -9,23 +9,18 @@
 
 #include <cstdint>
 
-#include "element.h"
+#include "normal_tile.h"
+#include "rows.h"
 
 namespace crd {
 
 struct NoisingArgs {
-  const void* x0;  // (batch, dim) with rows x0_row_stride elements apart; null to write epsilon itself
-  Dtype x0_dtype;
-  int64_t x0_row_stride;
-  void* out;  // (batch, dim) with rows out_row_stride elements apart
-  Dtype out_dtype;
-  int64_t out_row_stride;
-  const float* sigma;         // (batch,); unused for epsilon
-  const int64_t* sample_ids;  // (batch,)
+  Rows x0;  // not given: write epsilon itself
+  Rows out;
+  const float* sigma;  // (batch,); unused for epsilon
+  NoiseSource source;
   int64_t batch;
   int64_t dim;
-  uint64_t seed;
-  int32_t stream;
 };
 
 // Runs on at most `threads` threads; `args` must have been validated.

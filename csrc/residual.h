@@ -1,0 +1,46 @@
+// Residual statistics of a batch and their gradient: the only two latent-sized computations of a forward-process loss.
+//
+//   E = mean (f - y)^2,  M = mean |f - y|,  K = mean (f - g)^2,   g = u + w (c - u), or c without u
+//   dL/df = 2/count (dL/dE (f - y) + dL/dK (f - g))
+//
+// The target y is a tensor, or is made in registers from x0 and the seed: epsilon - x0, x0, or epsilon.
+#pragma once
+
+#include <cstdint>
+
+#include "normal_tile.h"
+#include "rows.h"
+
+namespace crd {
+
+enum class Target : int { kTensor = 0, kVelocity = 1, kClean = 2, kNoise = 3 };
+
+struct ResidualArgs {
+  Rows predicted;
+  Target target_kind;
+  Rows target;         // kTensor: y; kVelocity and kClean: x0; kNoise: not given
+  NoiseSource source;  // kVelocity and kNoise
+  Rows ref;            // c; not given: no anchor
+  Rows ref_uncond;     // u
+  float guidance_scale;
+  Rows mask;  // not given: every element is valid
+  int64_t batch;
+  int64_t dim;
+};
+
+// Sums over the valid elements of a span of a row.
+struct ResidualSums {
+  double squared = 0;   // (f - y)^2
+  double absolute = 0;  // |f - y|
+  double gap = 0;       // (f - g)^2
+};
+
+// sums (batch,): added up in a fixed order.
+void run_residual_sums(const ResidualArgs& args, ResidualSums* sums, int64_t threads);
+
+// grad = error_weight (f - y) + gap_weight (f - g) and 0 where the mask is; weights are (batch,). A weight of zero drops
+// its term, whatever the tensors hold.
+void run_residual_grad(const ResidualArgs& args, const float* error_weight, const float* gap_weight, const Rows& grad,
+                       int64_t threads);
+
+}  // namespace crd
