@@ -1,14 +1,14 @@
 """The latent-sized operations `torch.ops.crd_fast.*`: registered here, and their implementation chosen here.
 
-| op            | CPU, float16 / bfloat16 / float32 | CPU, float64       | other devices      |
-|---------------|-----------------------------------|--------------------|--------------------|
-| noise         | C++ extension                     | PyTorch formulas   | PyTorch formulas   |
-| epsilon       | C++ extension                     | PyTorch formulas   | PyTorch formulas   |
-| residual_stats| C++ extension                     | PyTorch formulas   | PyTorch formulas   |
-| residual_grad | C++ extension                     | PyTorch formulas   | PyTorch formulas   |
+| op            | CPU, float16 / bfloat16 / float32 | CUDA, the same | float64, other devices |
+|---------------|-----------------------------------|----------------|------------------------|
+| noise         | C++ extension                     | Triton         | PyTorch formulas       |
+| epsilon       | C++ extension                     | Triton         | PyTorch formulas       |
+| residual_stats| C++ extension                     | Triton         | PyTorch formulas       |
+| residual_grad | C++ extension                     | Triton         | PyTorch formulas       |
 
 "PyTorch formulas" is `crd_fast.reference`, which runs wherever PyTorch does. `CRD_FAST_BACKEND=reference`
-selects it for everything. Where the table says C++ and the extension is missing, the call raises
+selects it for everything. Where the table says C++ or Triton and that is missing, the call raises
 ExtensionMissingError.
 
 Arguments are trusted: the public functions have checked them. Seeds are 64 bits passed as a signed int64.
@@ -16,16 +16,20 @@ Arguments are trusted: the public functions have checked them. Seeds are 64 bits
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from crd_fast import native, reference
-from crd_fast.errors import ConfigError
+from crd_fast.errors import ConfigError, ExtensionMissingError
 from crd_fast.reference import ResidualInputs
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 BACKENDS = ("auto", "reference")
 
@@ -41,11 +45,22 @@ def signed_seed(seed: int) -> int:
 
 
 def _compiled(*dtypes: torch.dtype) -> bool:
-    """Whether a CPU op on these dtypes belongs to the extension."""
+    """Whether an op on these dtypes belongs to the extension, or to Triton."""
     backend = os.environ.get("CRD_FAST_BACKEND", "auto")
     if backend not in BACKENDS:
         raise ConfigError(f"CRD_FAST_BACKEND={backend!r}: expected one of {', '.join(BACKENDS)} (unset means auto)")
     return backend == "auto" and all(dtype in native.FLOAT_DTYPES for dtype in dtypes)
+
+
+def _triton() -> ModuleType:
+    """The Triton kernels, imported at the first CUDA call: Triton is not there on every platform."""
+    try:
+        return importlib.import_module("crd_fast.kernels")
+    except ImportError as error:
+        raise ExtensionMissingError(
+            f"the Triton kernels could not be imported ({error}). Install Triton with `pip install "
+            "'crd-fast[triton]'`; or set CRD_FAST_BACKEND=reference for the slow PyTorch formulas"
+        ) from error
 
 
 def _compiled_residual(inputs: ResidualInputs) -> bool:
@@ -73,6 +88,13 @@ def _noise_cpu(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream:
     out = torch.empty(x0.shape, dtype=dtype)
     native.noise(x0, sigma.float().contiguous(), sample_ids.contiguous(), seed, stream, out)
     return out
+
+
+@noise.register_kernel("cuda")
+def _noise_cuda(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream: int, dtype: torch.dtype) -> Tensor:
+    if not _compiled(x0.dtype, dtype):
+        return reference.noise(x0, sigma, sample_ids, seed, stream, dtype)
+    return _triton().noise(x0, sigma.float(), sample_ids, seed, stream, dtype)
 
 
 @noise.register_fake
@@ -114,6 +136,13 @@ def _epsilon_cpu(sample_ids: Tensor, shape: Sequence[int], seed: int, stream: in
     return out
 
 
+@epsilon.register_kernel("cuda")
+def _epsilon_cuda(sample_ids: Tensor, shape: Sequence[int], seed: int, stream: int, dtype: torch.dtype) -> Tensor:
+    if not _compiled(dtype):
+        return reference.epsilon(sample_ids, shape, seed, stream, dtype)
+    return _triton().epsilon(sample_ids, tuple(shape), seed, stream, dtype)
+
+
 @epsilon.register_fake
 def _epsilon_fake(sample_ids: Tensor, shape: Sequence[int], seed: int, stream: int, dtype: torch.dtype) -> Tensor:
     return sample_ids.new_empty(tuple(shape), dtype=dtype)
@@ -141,6 +170,15 @@ def _residual_stats_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     mean = native.residual_sums(inputs) / count[:, None]  # (B, 3)
     mse, mae, kl = (mean * torch.stack((factor.square(), factor, factor.square()), 1)).float().unbind(1)
     return mse.clone(), mae.clone(), kl.clone()
+
+
+@residual_stats.register_kernel("cuda")
+def _residual_stats_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = ResidualInputs(*arguments)
+    if not _compiled_residual(inputs):
+        return reference.residual_stats(inputs)
+    mse, mae, kl = _triton().residual_stats(*_triton_arguments(inputs))
+    return mse, mae, kl
 
 
 @residual_stats.register_fake
@@ -177,6 +215,40 @@ def _residual_grad_cpu(*arguments: Any) -> Tensor:
 
 def _dense_ids(inputs: ResidualInputs) -> ResidualInputs:
     return inputs if inputs.sample_ids is None else inputs._replace(sample_ids=inputs.sample_ids.contiguous())
+
+
+@residual_grad.register_kernel("cuda")
+def _residual_grad_cuda(*arguments: Any) -> Tensor:
+    *shared, grad_mse, grad_kl = arguments
+    inputs = ResidualInputs(*shared)
+    if not _compiled_residual(inputs):
+        return reference.residual_grad(inputs, grad_mse, grad_kl)
+    return _triton().residual_grad(*_triton_arguments(inputs), grad_mse.float(), grad_kl.float())
+
+
+def _triton_arguments(inputs: ResidualInputs) -> tuple[Any, ...]:
+    """What the launchers of statistics and gradient share. Velocity without a mask launches nothing here."""
+    kernels = _triton()
+    kinds = {"v": kernels.VELOCITY, "x0": kernels.CLEAN, "eps": kernels.NOISE}
+    kind = kernels.TENSOR if inputs.target is not None else kinds[inputs.prediction]
+    target = inputs.target if kind == kernels.TENSOR else None if kind == kernels.NOISE else inputs.x0
+    factor = count = None
+    if inputs.prediction != "v" or inputs.mask is not None:
+        factor, count = reference.factor_and_count(inputs, torch.float32)
+    return (
+        inputs.predicted,
+        target,
+        kind,
+        inputs.sample_ids,
+        inputs.seed,
+        inputs.stream,
+        inputs.ref,
+        inputs.ref_uncond,
+        inputs.guidance_scale,
+        inputs.mask,
+        factor if inputs.prediction != "v" else None,
+        count if inputs.mask is not None else None,
+    )
 
 
 @residual_grad.register_fake

@@ -4,3 +4,8 @@ This room holds jit code, launch configurations and launchers that take and retu
 and triton only, and nothing of the rest of crd_fast. The directory above it has no `__init__.py`, so that
 `import kernels` from the repository root never hides the `kernels` package other libraries probe for.
 """
+
+from .noise import epsilon, noise
+from .residual import CLEAN, NOISE, TENSOR, VELOCITY, residual_grad, residual_stats
+
+__all__ = ["CLEAN", "NOISE", "TENSOR", "VELOCITY", "epsilon", "noise", "residual_grad", "residual_stats"]

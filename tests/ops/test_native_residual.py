@@ -170,9 +170,7 @@ def test_padding_and_dropped_samples_may_hold_anything():
 def test_long_rows_are_summed_without_drift():
     # 2^23 equal residuals: a running fp32 sum stops growing at 2^24 of them and is off by whole percents before
     predicted = torch.full((1, 2**23 + 1), 1.1)
-    inputs = ResidualInputs(
-        predicted, torch.ones_like(predicted), None, None, None, 0, 0, None, None, 1.0, None, "v"
-    )
+    inputs = ResidualInputs(predicted, torch.ones_like(predicted), None, None, None, 0, 0, None, None, 1.0, None, "v")
     mse, mae, _ = ops.residual_stats(*inputs)
     error = float(torch.tensor(1.1)) - 1.0
     torch.testing.assert_close(mae.double(), torch.tensor([error]), rtol=1e-6, atol=0, check_dtype=False)

@@ -1,0 +1,121 @@
+"""Triton kernels under the interpreter, against the C++ extension: run by test_interpreter.py in a process of its own.
+
+The interpreter is chosen when a kernel is decorated, so TRITON_INTERPRET=1 must be set before the import.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from crd_fast import kernels, native, ops, reference
+from crd_fast.reference import ResidualInputs
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1), (2, 63), (3, 1000), (1, 5000), (2, 3, 4, 5), (2, 9, 6)]
+
+
+@pytest.fixture(autouse=True)
+def unwritten_elements_show():
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dim", [1, 4, 63, 1000, 4100])
+@pytest.mark.parametrize(("seed", "stream"), [(0, 0), (-1, 2**31 - 1), (2**33 + 1, 7), (-(2**63), 1)])
+def test_normals_equal_the_extension(dim, seed, stream):
+    ids = torch.tensor([0, 3, 2**40, 2**62 + 2**33, -1])
+    expected = torch.empty(len(ids), dim)
+    native.epsilon(ids, seed, stream, expected)
+    got = kernels.epsilon(ids, expected.shape, seed, stream, torch.float32)
+    ulp = torch.nextafter(expected.abs(), torch.tensor(torch.inf)) - expected.abs()
+    assert ((got - expected).abs() <= 4 * ulp).all()
+
+
+@pytest.mark.parametrize("x0_dtype", DTYPES)
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_noise_equals_the_extension(shape, x0_dtype, out_dtype):
+    generator = torch.Generator().manual_seed(0)
+    x0, sigma = torch.randn(shape, generator=generator).to(x0_dtype), torch.rand(shape[0], generator=generator)
+    ids = torch.arange(shape[0]) + 5
+    expected = torch.empty(shape, dtype=out_dtype)
+    native.noise(x0, sigma, ids, 3, 1, expected)
+    got = kernels.noise(x0, sigma, ids, 3, 1, out_dtype)
+    eps = torch.finfo(out_dtype).eps
+    torch.testing.assert_close(got, expected, rtol=2 * eps, atol=2 * torch.finfo(torch.float32).eps)
+
+
+def residual_case(shape, seeded, prediction, dtype, anchored, guided, mask_shape, transposed=False):
+    generator = torch.Generator().manual_seed(1)
+
+    def tensor(kind=dtype):
+        drawn = torch.randn(shape, generator=generator).to(kind)
+        if transposed:
+            axes = (0, *range(drawn.ndim - 1, 0, -1))
+            drawn = drawn.permute(axes).contiguous().permute(axes)
+        return drawn
+
+    batch = shape[0]
+    return ResidualInputs(
+        predicted=tensor(),
+        target=None if seeded else tensor(torch.float32),
+        x0=tensor() if seeded else None,
+        sigma=torch.rand(batch, generator=generator) if seeded else None,
+        sample_ids=torch.arange(batch) + 2**33 if seeded else None,
+        seed=11,
+        stream=2,
+        ref=tensor() if anchored else None,
+        ref_uncond=tensor(torch.bfloat16) if guided else None,
+        guidance_scale=3.5,
+        mask=None if mask_shape is None else torch.rand(mask_shape, generator=generator) < 0.6,
+        prediction=prediction,
+    )
+
+
+arguments = ops._triton_arguments  # what the CUDA dispatch gives the launchers
+
+
+CASES = [
+    residual_case((1, 1), False, "v", torch.float32, False, False, None),
+    residual_case((2, 63), True, "v", torch.bfloat16, True, True, None),
+    residual_case((3, 1000), True, "x0", torch.float16, True, False, (3, 1000)),
+    residual_case((1, 5000), True, "eps", torch.float32, True, True, (1, 5000)),
+    residual_case((2, 3, 4, 5), False, "v", torch.bfloat16, True, True, (2, 1, 4, 1), transposed=True),
+    residual_case((2, 3, 4, 5), True, "v", torch.float32, True, True, (1, 3, 1, 5), transposed=True),
+    residual_case((2, 9, 6), True, "v", torch.bfloat16, True, True, (2, 9, 1)),
+    residual_case((2, 3, 2, 4, 2, 3), False, "v", torch.float32, True, False, (1, 3, 1, 4, 1, 3)),
+]
+
+
+@pytest.mark.parametrize("index", range(len(CASES)))
+def test_statistics_equal_fp64_formulas(index):
+    inputs = CASES[index]
+    doubled = inputs._replace(predicted=inputs.predicted.double())
+    for got, truth in zip(kernels.residual_stats(*arguments(inputs)), reference.residual_stats(doubled), strict=True):
+        torch.testing.assert_close(got.double(), truth, rtol=5e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("index", range(len(CASES)))
+def test_gradient_equals_fp64_formula(index):
+    inputs = CASES[index]
+    weights = torch.tensor([[0.7, -0.3, 0.0], [1.5, 0.0, 0.2]])[:, : len(inputs.predicted)]
+    got = kernels.residual_grad(*arguments(inputs), *weights)
+    truth = reference.residual_grad(inputs._replace(predicted=inputs.predicted.double()), *weights.double())
+    assert got.dtype == inputs.predicted.dtype and got.stride() == inputs.predicted.stride()
+    eps = torch.finfo(got.dtype).eps
+    torch.testing.assert_close(got.double(), truth, rtol=2 * eps, atol=2e-6 * float(truth.abs().max()))
+
+
+def test_dropped_and_masked_values_may_hold_anything():
+    inputs = residual_case((3, 50), True, "v", torch.float32, True, True, (3, 50))
+    dirty = inputs._replace(predicted=torch.where(inputs.mask, inputs.predicted, torch.nan))
+    for got, expected in zip(
+        kernels.residual_stats(*arguments(dirty)), kernels.residual_stats(*arguments(inputs)), strict=True
+    ):
+        assert torch.equal(got, expected)
+    dirty.predicted[1] = torch.inf
+    weights = torch.tensor([[0.5, 0.0, 1.0], [0.25, 0.0, 2.0]])
+    grad = kernels.residual_grad(*arguments(dirty), *weights)
+    assert not grad[1].any() and grad.isfinite().all()
