@@ -110,7 +110,10 @@ class TrainSettings:
 
     micro_batch: samples in one forward, a multiple of group_size. max_minutes: stop after the epoch that passes it.
     timestep_mean, timestep_std, timestep_shift: of the logit-normal strategy (shift also of uniform).
-    checkpoint_every: epochs; max_skipped: optimiser steps in a row that may be skipped for NaN or infinity.
+    shared_noise: one noise for all samples of a group at a timestep, so that what they have in common cancels in the
+    centered reward. warmup: optimiser steps over which the learning rate rises; cooldown: epochs before the last over
+    which it falls to zero, both linearly. checkpoint_every: epochs; max_skipped: optimiser steps in a row that may be
+    skipped for NaN or infinity.
     """
 
     epochs: int = 100
@@ -124,8 +127,10 @@ class TrainSettings:
     timestep_mean: float = 0.0
     timestep_std: float = 1.0
     timestep_shift: float = 1.0
+    shared_noise: bool = False
     lr: float = 3e-4
     warmup: int = 0
+    cooldown: int = 0
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     checkpoint_every: int = 10
@@ -144,6 +149,9 @@ class TrainSettings:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: expected at least 1")
+        for name in ("warmup", "cooldown"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}: expected 0 or more")
         if self.group_size < 2:
             raise ConfigError(f"train.group_size is {self.group_size}: expected at least 2, samples are compared in it")
         if self.lr <= 0 or self.max_grad_norm <= 0:

@@ -5,8 +5,8 @@ for each micro-step fresh seeded noise, one pass without gradients over [old | r
 unconditional] rows, one pass with gradients, the loss, and an optimiser step every few micro-steps; then both
 snapshots move.
 
-Where it departs from the paper: noise levels are stratified over the epoch and shared within a group; the anchor may
-be evaluated for a random share of the samples (`kl_fraction`, unbiased). Where it departs from the authors' public
+Where it departs from the paper: noise levels are stratified over the epoch and shared within a group, and so may be
+the noise (`shared_noise`); the anchor may be evaluated for a random share of the samples (`kl_fraction`, unbiased). Where it departs from the authors' public
 code: groups are centered per (prompt, timestep) by default; of the old prediction two floats a sample are kept and
 noise is made again from its seed; adapters are rows of a bank and are never swapped; the reference is not run when
 kl_coef is 0; resuming restores snapshots and counters.
@@ -199,12 +199,15 @@ class Trainer:
         device = self.backbone.device
         rows = micro.rows.to(batch.latents.device)
         x0, sigma = batch.latents[rows], micro.sigma.to(device)
+        noise_ids = batch.sample_ids[micro.rows]
+        if self.recipe.train.shared_noise:
+            noise_ids = noise_ids - micro.rows % self.recipe.train.group_size  # that of the group's first sample
         with self._timed("noise"):
             fwd = crd_fast.noise(
                 x0,
                 sigma,
                 seed=self.recipe.run.seed,
-                sample_ids=batch.sample_ids[micro.rows].to(device),
+                sample_ids=noise_ids.to(device),
                 stream=micro.stream,
             )
         prompts = self.conditioning[batch.prompt_ids[micro.rows].to(device)]
@@ -268,7 +271,7 @@ class Trainer:
             finite = math.isfinite(norm)
             if finite:
                 for group in self.optimizer.param_groups:
-                    group["lr"] = train.lr * min(1.0, (self.step + 1) / max(train.warmup, 1))
+                    group["lr"] = self._learning_rate()
                 self.optimizer.step()
                 self.step += 1
                 self.skipped_in_a_row = 0
@@ -283,6 +286,13 @@ class Trainer:
                 f"{prompts[0]!r}): lower train.lr, or look at the rewards and the model's predictions"
             )
         return norm, finite
+
+    def _learning_rate(self) -> float:
+        """Up over `warmup` steps, then flat, then down over the last `cooldown` epochs."""
+        train = self.recipe.train
+        rising = (self.step + 1) / max(train.warmup, 1)
+        falling = (train.epochs - self.epoch) / max(train.cooldown, 1)
+        return train.lr * min(1.0, rising, falling)
 
     def _move_snapshots(self, epoch: int) -> Row:
         snapshots = self.recipe.snapshots

@@ -1,6 +1,8 @@
 """Write the shapes world's prompt files, GenEval jsonl, to a folder.
 
-python examples/shapes/write_prompts.py recipes/prompts
+    python examples/shapes/write_prompts.py recipes/prompts
+
+Training sets repeat the prompts of small tasks, so that an epoch draws every task about as often.
 """
 
 from __future__ import annotations
@@ -19,7 +21,11 @@ FILES = {
 
 
 def lines(split: str, tasks: tuple[str, ...]) -> str:
-    return "".join(json.dumps(entry) + "\n" for entry in world.prompts(split, tasks))
+    by_task = {task: world.prompts(split, [task]) for task in tasks}
+    most = max(map(len, by_task.values()))
+    repeats = {task: round(most / len(entries)) if split == "train" else 1 for task, entries in by_task.items()}
+    entries = [entry for task in tasks for entry in by_task[task] * repeats[task]]
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
 def main() -> None:

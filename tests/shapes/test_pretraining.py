@@ -43,6 +43,7 @@ def test_the_script_makes_a_pipeline_that_generates(script: ModuleType, tmp_path
         text_width=16,
         steps=2,
         batch=4,
+        compiled=False,  # a minute of compiling for two steps
     )
     script.pretrain(tmp_path, small, torch.device("cpu"))
     assert not (tmp_path / ".pretraining").exists()

@@ -17,7 +17,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from crd_fast import backbones, cli
+import crd_fast
+from crd_fast import backbones, cli, forward_process
 from crd_fast.lora import TRAINED, LoRABank
 from crd_fast.rollout import generate, initial_noise
 from tests.tiny import save_sd3
@@ -138,6 +139,33 @@ def test_a_damaged_checkpoint_is_passed_over(
     out = capsys.readouterr().out
     assert "epoch_000003 is damaged" in out and "resumed from epoch_000002" in out
     assert rows(run) == rows(finished)
+
+
+def test_the_learning_rate_rises_and_falls(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(
+        recipe, f"run.dir={run}", "train.lr=1e-3", "train.warmup=4", "train.cooldown=2", "evaluation.suite=null"
+    )  # two updates an epoch
+    assert [row["lr"] for row in rows(run)] == pytest.approx([0.5e-3, 1e-3, 0.5e-3])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_group_shares_its_noise_when_asked(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    seen: list[list[int]] = []
+
+    def noise(*arguments: Any, sample_ids: torch.Tensor, **others: Any) -> crd_fast.Noised:
+        seen.append(sample_ids.tolist())
+        return forward_process.noise(*arguments, sample_ids=sample_ids, **others)
+
+    monkeypatch.setattr(crd_fast, "noise", noise)
+    train(
+        recipe, f"run.dir={tmp_path / 'run'}", f"train.shared_noise={shared}", "train.epochs=2", "evaluation.suite=null"
+    )
+    # 2 epochs of 2 groups of 2 samples, a group a micro-step, each at 2 timesteps; ids count up over the run
+    first = [[0, 0], [2, 2], [4, 4], [6, 6]] if shared else [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert seen == [ids for ids in first for _ in range(2)]
 
 
 def test_sigterm_saves_and_resume_gives_the_same_losses(recipe: Path, tmp_path: Path) -> None:
