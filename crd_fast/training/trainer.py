@@ -6,10 +6,10 @@ unconditional] rows, one pass with gradients, the loss, and an optimiser step ev
 snapshots move.
 
 Where it departs from the paper: noise levels are stratified over the epoch and shared within a group, and so may be
-the noise (`shared_noise`); the anchor may be evaluated for a random share of the samples (`kl_fraction`, unbiased). Where it departs from the authors' public
-code: groups are centered per (prompt, timestep) by default; of the old prediction two floats a sample are kept and
-noise is made again from its seed; adapters are rows of a bank and are never swapped; the reference is not run when
-kl_coef is 0; resuming restores snapshots and counters.
+the noise (`shared_noise`); the anchor may be evaluated for a random share of the samples (`kl_fraction`, unbiased).
+Where it departs from the authors' public code: groups are centered per (prompt, timestep) by default; of the old
+prediction two floats a sample are kept and noise is made again from its seed; adapters are rows of a bank and are never
+swapped; the reference is not run when kl_coef is 0; resuming restores snapshots and counters.
 """
 
 from __future__ import annotations
