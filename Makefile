@@ -16,7 +16,7 @@ test: lint
 	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+	$(BIN)/python -m benchmarks.tables --require $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

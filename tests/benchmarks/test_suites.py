@@ -1,0 +1,90 @@
+"""The benchmark programs run here at tiny sizes: what they write, and what they refuse to write."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_suite, measure, registry, tables
+
+CPU = torch.device("cpu")
+
+
+def test_the_gpu_suite_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_suite.main(["--dry-run", "--out", str(tmp_path)]) == 0
+    facts = json.loads((tmp_path / "suite.json").read_text())
+    assert facts["kernels_wrong"] == [] and facts["refused"] == [] and facts["torch"] == torch.__version__
+    rows = list(csv.DictReader((tmp_path / "tiny" / "operations.csv").open()))
+    assert {(row["operation"], row["dtype"], row["side"]) for row in rows} == {
+        (name, dtype, side)
+        for name in registry.WORKLOADS
+        for dtype in registry.DTYPES
+        for side in ("eager", "crd_fast")
+    }
+    assert all(float(row["milliseconds"]) > 0 and float(row["share_of_copy"]) > 0 for row in rows)
+    assert (tmp_path / "tiny" / "bandwidth.png").read_bytes()[:4] == b"\x89PNG"
+    assert "kernel checks: 0 wrong" in capsys.readouterr().out
+
+
+def test_without_a_gpu_the_suite_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_suite.main(["--out", "nowhere"]) == 2
+    assert "--dry-run" in capsys.readouterr().err
+
+
+def test_a_kernel_that_is_off_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu_suite.ops.residual_grad
+    monkeypatch.setattr(gpu_suite.ops, "residual_grad", lambda *arguments: 1.001 * right(*arguments))
+    wrong = gpu_suite.check_kernels(CPU, [(2, 63)])
+    assert wrong and all(line.startswith("gradient") for line in wrong)
+
+
+def test_no_number_without_a_passing_check(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = registry.WORKLOADS["noise"]
+
+    def failing(*arguments: object) -> registry.Workload:
+        def check() -> None:
+            raise AssertionError("the sides differ")
+
+        return replace(honest(*arguments), check=check)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(registry.WORKLOADS, "noise", failing)
+    arguments = ["--shape", "2,64", "--no-compile", "--only", "noise", "--out", str(tmp_path / "out")]
+    assert tables.main(arguments) == 1
+    printed = capsys.readouterr()
+    assert "refused, its check failed: noise fp32: the sides differ" in printed.err
+    assert "crd_fast" not in printed.out and not (tmp_path / "out").exists()
+
+
+def test_a_missed_figure_is_named() -> None:
+    row = {
+        "operation": "loss forward+backward",
+        "dtype": "bf16",
+        "side": "crd_fast",
+        "speedup_over_eager": 9.5,
+        "peak_latents": 1.3,
+    }
+    assert [line.split(": ")[1] for line in tables.missed([row])] == [
+        "9.50x eager, wanted 10x",
+        "1.30 latents of memory, wanted 1.1",
+    ]
+    assert tables.missed([row | {"speedup_over_eager": 10.0, "peak_latents": 1.1}]) == []
+
+
+def test_peak_memory_counts_what_is_held_at_once() -> None:
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            torch.empty(1 << 20)
+
+    def together() -> list[torch.Tensor]:
+        return [torch.empty(1 << 20) for _ in range(3)]
+
+    assert measure.peak_bytes(one_after_the_other, CPU) == 4 << 20
+    assert measure.peak_bytes(together, CPU) == 12 << 20
