@@ -126,19 +126,25 @@ def our_loss(f: Tensor, y: Tensor, old: Tensor, c: Tensor, u: Tensor, advantages
     return crd_fast.loss(f, y, old=old, advantages=advantages, ref=c, ref_uncond=u, guidance_scale=4.5).loss
 
 
+def forward_backward(formula: Callable[..., Tensor], f: Tensor, *others: Tensor) -> Run:
+    """A call that leaves the gradient in f.grad and returns the loss."""
+
+    def run() -> Tensor:
+        f.grad = None
+        value = formula(f, *others)
+        value.backward()
+        return value
+
+    return run
+
+
 def loss(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workload:
     f, y, old, c, u = _latents(shape, dtype, device, 5)
     advantages = torch.randn(shape[0], generator=torch.Generator().manual_seed(1)).to(device)
     f.requires_grad_()
 
     def stepped(formula: Callable[..., Tensor]) -> Run:
-        def run() -> Tensor:
-            f.grad = None
-            value = formula(f, y, old, c, u, advantages)
-            value.backward()
-            return value
-
-        return run
+        return forward_backward(formula, f, y, old, c, u, advantages)
 
     def check() -> None:
         values, gradients = [], []
@@ -174,22 +180,15 @@ def seeded_loss(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workl
     y = (fwd.epsilon().float() - x0.float()).to(dtype)
     kept = crd_fast.residual_stats(old, fwd)
 
-    def ours() -> Tensor:
-        f.grad = None
-        value = crd_fast.loss(
+    def seeded(f: Tensor) -> Tensor:
+        return crd_fast.loss(
             f, fwd, old=kept, advantages=advantages, ref=c, ref_uncond=u, guidance_scale=4.5
         ).loss  # fmt: skip
-        value.backward()
-        return value
+
+    ours = forward_backward(seeded, f)
 
     def stepped(formula: Callable[..., Tensor]) -> Run:
-        def run() -> Tensor:
-            f.grad = None
-            value = formula(f, y, old, c, u, advantages)
-            value.backward()
-            return value
-
-        return run
+        return forward_backward(formula, f, y, old, c, u, advantages)
 
     def check() -> None:
         a = ours().detach()
