@@ -112,8 +112,8 @@ class TrainSettings:
     timestep_mean, timestep_std, timestep_shift: of the logit-normal strategy (shift also of uniform).
     shared_noise: one noise for all samples of a group at a timestep, so that what they have in common cancels in the
     centered reward. warmup: optimiser steps over which the learning rate rises; cooldown: epochs before the last over
-    which it falls to zero, both linearly. checkpoint_every: epochs; max_skipped: optimiser steps in a row that may be
-    skipped for NaN or infinity.
+    which it falls to zero, both linearly; a run that max_minutes ends sooner has less of it. checkpoint_every: epochs;
+    max_skipped: optimiser steps in a row that may be skipped for NaN or infinity.
     """
 
     epochs: int = 100

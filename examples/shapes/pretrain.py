@@ -291,10 +291,7 @@ def make_transformer(config: Pretraining) -> SD3Transformer2DModel:
 
 
 def make_optimizers(config: Pretraining, trained: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of attention, feed-forward and modulation layers, AdamW for all else.
-
-    With Muon 900 steps of 128 samples reached a loss of .342 where AdamW alone reached .391.
-    """
+    """Muon for the matrices of attention, feed-forward and modulation layers, AdamW for all else."""
     matrices, others = [], []
     for name, parameter in trained.named_parameters():
         inner = parameter.ndim == 2 and min(parameter.shape) >= 64 and "token_embedding" not in name
