@@ -51,9 +51,13 @@ def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
     return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
 
 
-def peak_bytes(run: Run, device: torch.device) -> int:
-    """Most memory that a call holds at any moment beyond what was there before it."""
+def peak_bytes(run: Run, device: torch.device, forget: Run = lambda: None) -> int:
+    """Most memory that a call holds at any moment beyond what was there before it.
+
+    forget: drops what an earlier call left behind; its release inside the measured call would count as room.
+    """
     run()
+    forget()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

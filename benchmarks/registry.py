@@ -24,7 +24,8 @@ Run = Callable[[], Any]
 class Workload:
     """An operation at one shape and dtype: the two sides on the same inputs, and what is known of them.
 
-    bytes, flops: of one call, at least. check raises AssertionError where the sides disagree.
+    bytes, flops: of one call, at least. check raises AssertionError where the sides disagree. forget drops the gradient
+    that a call leaves.
     """
 
     ours: Run
@@ -33,6 +34,7 @@ class Workload:
     check: Callable[[], None]
     bytes: int
     flops: int
+    forget: Callable[[], None] = lambda: None
 
 
 def _latents(shape: Shape, dtype: torch.dtype, device: torch.device, count: int) -> list[Tensor]:
@@ -164,6 +166,7 @@ def loss(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workload:
         # forward reads f, y, old, c, u; backward reads f, y, c, u and writes the gradient
         bytes=10 * f.nbytes,
         flops=24 * f.numel(),
+        forget=lambda: setattr(f, "grad", None),
     )
 
 
@@ -208,6 +211,7 @@ def seeded_loss(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workl
         # forward reads f, x0, c, u; backward reads them once more and writes the gradient
         bytes=9 * f.nbytes,
         flops=100 * f.numel(),
+        forget=lambda: setattr(f, "grad", None),
     )
 
 

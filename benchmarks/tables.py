@@ -62,7 +62,7 @@ def rows_of(
                 "gigabytes_per_second": work.bytes / median / 1e9,
                 "share_of_copy": work.bytes / median / bandwidth,
                 "gigaflops": work.flops / median / 1e9,
-                "peak_latents": measure.peak_bytes(run, device) / latent,
+                "peak_latents": measure.peak_bytes(run, device, work.forget) / latent,
                 "launches": measure.launches(run, device),
             }
         )
