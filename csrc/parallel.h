@@ -1,4 +1,4 @@
-// Splits independent work items over threads.
+// Splits independent work items over threads that stay alive between calls.
 #pragma once
 
 #include <cstdint>
@@ -6,8 +6,9 @@
 
 namespace crd {
 
-// Calls run(begin, end) on consecutive ranges that cover [0, items), one range per thread, the last on the caller's
-// thread. The first exception thrown by a range is rethrown once all threads have ended.
-void parallel_for(int64_t items, int64_t threads, const std::function<void(int64_t, int64_t)>& run);
+// Calls run(item) once for every item of [0, items), on the caller's thread and up to `threads` - 1 others; who takes
+// which item is not determined. The first exception thrown is rethrown once every thread has left. A call made while
+// another one is at work, from another thread, does its items alone.
+void parallel_for(int64_t items, int64_t threads, const std::function<void(int64_t)>& run);
 
 }  // namespace crd

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "element.h"
+#include "lanes.h"
 
 namespace crd {
 
@@ -30,20 +31,29 @@ namespace {  // for the reason given in philox.h
 
 struct Float32Element {
   using Stored = float;
+  static constexpr Dtype kDtype = Dtype::kFloat32;
   static inline float load(float stored) { return stored; }
   static inline float store(float value) { return value; }
+  static inline Lanes load_lanes(const float* source) { return crd::load_lanes(source); }
+  static inline void store_lanes(Lanes values, float* target) { crd::store_lanes(values, target); }
 };
 
 struct BFloat16Element {
   using Stored = uint16_t;
+  static constexpr Dtype kDtype = Dtype::kBFloat16;
   static inline float load(uint16_t stored) { return from_bfloat16(stored); }
   static inline uint16_t store(float value) { return to_bfloat16(value); }
+  static inline Lanes load_lanes(const uint16_t* source) { return load_bfloat16(source); }
+  static inline void store_lanes(Lanes values, uint16_t* target) { store_bfloat16(values, target); }
 };
 
 struct Float16Element {
   using Stored = uint16_t;
+  static constexpr Dtype kDtype = Dtype::kFloat16;
   static inline float load(uint16_t stored) { return from_float16(stored); }
   static inline uint16_t store(float value) { return to_float16(value); }
+  static inline Lanes load_lanes(const uint16_t* source) { return load_float16(source); }
+  static inline void store_lanes(Lanes values, uint16_t* target) { store_float16(values, target); }
 };
 
 // A bool: all bits of the fp32 word are set where it is true, so that a value is kept or dropped by a bitwise and.
