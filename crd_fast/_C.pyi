@@ -12,7 +12,7 @@ def noise(
     stream: int,
     threads: int,
 ) -> None: ...
-def residual_sums(
+def residual_stats(
     predicted: _Rows,
     target_kind: int,
     target: _Rows | None,
@@ -23,9 +23,13 @@ def residual_sums(
     ref_uncond: _Rows | None,
     guidance_scale: float,
     mask: _Rows | None,
+    factor: int,
+    count: int,
     batch: int,
     dim: int,
-    sums: int,
+    mse: int,
+    mae: int,
+    kl: int,
     threads: int,
 ) -> None: ...
 def residual_grad(
@@ -39,12 +43,42 @@ def residual_grad(
     ref_uncond: _Rows | None,
     guidance_scale: float,
     mask: _Rows | None,
+    factor: int,
+    count: int,
     batch: int,
     dim: int,
-    error_weight: int,
-    gap_weight: int,
+    grad_mse: int,
+    grad_kl: int,
     grad: _Rows,
     threads: int,
+) -> None: ...
+def objective(
+    mse: int,
+    mae: int,
+    kl: int,
+    old_mse: int,
+    old_mae: int,
+    advantages: int,
+    group_ids: int,
+    sample_weights: int,
+    kl_weights: int,
+    member_ids: int,
+    member_values: int,
+    batch: int,
+    members: int,
+    beta: float,
+    kl_coef: float,
+    adv_clip: float,
+    adaptive_weight: bool,
+    adaptive_kl: bool,
+    temperature: float,
+    loss_type: int,
+    reduction: int,
+    loss: int,
+    parts: int,
+    samples: int,
+    slopes: int,
+    metrics: int,
 ) -> None: ...
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]: ...
 def instruction_set() -> str: ...

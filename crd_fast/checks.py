@@ -105,8 +105,8 @@ def require_sigma_range(sigma: torch.Tensor) -> None:
 
 
 def require_finite(name: str, value: torch.Tensor, *, where: torch.Tensor | None = None) -> None:
-    """Finite values; with `where` (bool, same shape) only the selected ones count."""
-    if not values_are_checked(value.device):
+    """(B,) finite values; with `where` (bool, same shape) only the selected ones count."""
+    if not values_are_checked(value.device) or all(map(math.isfinite, value.tolist())):
         return
     bad = ~value.isfinite() if where is None else ~value.isfinite() & where
     if bool(bad.any()):

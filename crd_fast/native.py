@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crd_fast.errors import ExtensionMissingError
 from crd_fast.reference import ResidualInputs
+from crd_fast.reference_objective import METRICS, Objective, ObjectiveInputs
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -96,38 +97,117 @@ def epsilon(sample_ids: Tensor, seed: int, stream: int, out: Tensor) -> None:
     )
 
 
-def residual_sums(inputs: ResidualInputs) -> Tensor:
-    """(B, 3) float64 sums over the valid elements: squared error, absolute error, squared gap to the anchor.
+def residual_stats(
+    inputs: ResidualInputs, factor: Tensor | None, count: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """E, M and K of every sample, (B,) float32 each.
+
+    factor, count: (B,) float64, contiguous, the velocity factor and the number of valid elements; None for 1 and all.
 
     Raises:
         ExtensionMissingError: the extension is not there.
         ValueError: a tensor has another device, dtype or shape.
     """
     batch, dim = _sizes("predicted", inputs.predicted)
-    sums = torch.zeros(batch, 3, dtype=torch.float64)
-    extension().residual_sums(*_residual_arguments(inputs), batch, dim, sums.data_ptr(), torch.get_num_threads())
-    return sums
-
-
-def residual_grad(inputs: ResidualInputs, error_weight: Tensor, gap_weight: Tensor, out: Tensor) -> None:
-    """Writes error_weight (f - y) + gap_weight (f - f_ref) into `out`, zero where the mask is.
-
-    error_weight, gap_weight: (B,) float32; a weight of zero drops its term. out: like `predicted`, any layout.
-    Errors as in `residual_sums`.
-    """
-    batch, dim = _sizes("predicted", inputs.predicted)
-    _vector("error_weight", error_weight, batch, torch.float32)
-    _vector("gap_weight", gap_weight, batch, torch.float32)
-    extension().residual_grad(
+    mse, mae, kl = torch.empty(batch), torch.empty(batch), torch.empty(batch)
+    extension().residual_stats(
         *_residual_arguments(inputs),
+        _optional_vector("factor", factor, batch, torch.float64),
+        _optional_vector("count", count, batch, torch.float64),
         batch,
         dim,
-        error_weight.data_ptr(),
-        gap_weight.data_ptr(),
+        mse.data_ptr(),
+        mae.data_ptr(),
+        kl.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return mse, mae, kl
+
+
+def residual_grad(
+    inputs: ResidualInputs,
+    factor: Tensor | None,
+    count: Tensor | None,
+    grad_mse: Tensor | None,
+    grad_kl: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Writes dL/dpredicted into `out`, zero where the mask is.
+
+    grad_mse, grad_kl: (B,) float32, contiguous, dL/dE and dL/dK, or None for none; a slope of zero drops its term.
+    out: like `predicted`, any layout. factor, count and errors as in `residual_stats`.
+    """
+    batch, dim = _sizes("predicted", inputs.predicted)
+    extension().residual_grad(
+        *_residual_arguments(inputs),
+        _optional_vector("factor", factor, batch, torch.float64),
+        _optional_vector("count", count, batch, torch.float64),
+        batch,
+        dim,
+        _optional_vector("grad_mse", grad_mse, batch, torch.float32),
+        _optional_vector("grad_kl", grad_kl, batch, torch.float32),
         _rows("grad", _ordered(inputs, out), _ordered(inputs, inputs.predicted)),
         torch.get_num_threads(),
     )
 
+
+def objective(inputs: ObjectiveInputs) -> Objective:
+    """The CRD loss from residual statistics; floating-point vectors are rounded to float32 first.
+
+    Raises:
+        ExtensionMissingError: the extension is not there.
+        ValueError: a tensor has another device or shape.
+    """
+    batch = inputs.mse.shape[0]
+    kept: list[Tensor] = []  # converted tensors live until the call is over
+
+    def vector(name: str, tensor: Tensor | None, size: int, dtype: torch.dtype = torch.float32) -> int:
+        if tensor is None:
+            return 0
+        if tensor.dtype != dtype or not tensor.is_contiguous():
+            tensor = tensor.to(dtype).contiguous()
+            kept.append(tensor)
+        _vector(name, tensor, size, dtype)
+        return tensor.data_ptr()
+
+    members = 0 if inputs.member_ids is None else inputs.member_ids.shape[0]
+    shape = (batch,) if inputs.reduction == "none" else ()
+    result = Objective(
+        loss=torch.empty(shape),
+        parts=torch.empty(2, *shape),
+        samples=torch.empty(2, batch),
+        slopes=torch.empty(2, batch),
+        metrics=torch.empty(len(METRICS)),
+    )
+    extension().objective(
+        vector("mse", inputs.mse, batch),
+        vector("mae", inputs.mae, batch),
+        vector("kl", inputs.kl, batch),
+        vector("old_mse", inputs.old_mse, batch),
+        vector("old_mae", inputs.old_mae, batch),
+        vector("advantages", inputs.advantages, batch),
+        vector("group_ids", inputs.group_ids, batch, torch.int64),
+        vector("sample_weights", inputs.sample_weights, batch),
+        vector("kl_weights", inputs.kl_weights, batch),
+        vector("member_ids", inputs.member_ids, members, torch.int64),
+        0 if inputs.members is None else vector("members", inputs.members.flatten(), 3 * members),
+        batch,
+        members,
+        inputs.beta,
+        inputs.kl_coef,
+        inputs.adv_clip,
+        inputs.adaptive_weight,
+        inputs.adaptive_kl,
+        inputs.temperature,
+        _LOSS_TYPES[inputs.loss_type],
+        _REDUCTIONS[inputs.reduction],
+        *(tensor.data_ptr() for tensor in result),
+    )
+    return result
+
+
+_LOSS_TYPES = {"mse": 0, "bce": 1}  # csrc/objective.h
+_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
 _TENSOR, _VELOCITY, _CLEAN, _NOISE = range(4)  # csrc/residual.h, enum Target
 
@@ -193,6 +273,9 @@ def _rows(name: str, tensor: Tensor, like: Tensor) -> _Rows:
         raise ValueError(f"{name} is {tensor.dtype}; expected float32, bfloat16 or float16")
     if tensor.shape != like.shape:
         raise ValueError(f"{name} is {tuple(tensor.shape)}; expected {tuple(like.shape)}")
+    if tensor.is_contiguous():
+        dim = tensor.stride(0) if len(tensor) > 1 else tensor.numel()
+        return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], dim, [dim], [1]
     sizes: list[int] = []
     strides: list[int] = []
     for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True):
@@ -213,6 +296,14 @@ def _vector(name: str, tensor: Tensor, batch: int, dtype: torch.dtype) -> None:
             f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device} with strides "
             f"{tensor.stride()}; expected contiguous ({batch},) {dtype} on the CPU"
         )
+
+
+def _optional_vector(name: str, tensor: Tensor | None, batch: int, dtype: torch.dtype) -> int:
+    """The address of a vector, 0 for none."""
+    if tensor is None:
+        return 0
+    _vector(name, tensor, batch, dtype)
+    return tensor.data_ptr()
 
 
 def _int32(name: str, value: int) -> int:

@@ -1,4 +1,5 @@
-"""The latent-sized operations `torch.ops.crd_fast.*`: registered here, and their implementation chosen here.
+"""The operations `torch.ops.crd_fast.*`, on latents and the loss between them: registered here, as is the choice of
+their implementations.
 
 | op            | CPU, float16 / bfloat16 / float32 | CUDA, the same | float64, other devices |
 |---------------|-----------------------------------|----------------|------------------------|
@@ -6,10 +7,13 @@
 | epsilon       | C++ extension                     | Triton         | PyTorch formulas       |
 | residual_stats| C++ extension                     | Triton         | PyTorch formulas       |
 | residual_grad | C++ extension                     | Triton         | PyTorch formulas       |
+| objective     | C++ extension                     | Triton         | PyTorch formulas       |
 
-"PyTorch formulas" is `crd_fast.reference`, which runs wherever PyTorch does. `CRD_FAST_BACKEND=reference`
-selects it for everything. Where the table says C++ or Triton and that is missing, the call raises
-ExtensionMissingError.
+"PyTorch formulas" is `crd_fast.reference` and `crd_fast.reference_objective`, which run wherever PyTorch does.
+`CRD_FAST_BACKEND=reference` selects it for everything. Where the table says C++ or Triton and that is missing, the
+call raises ExtensionMissingError.
+
+Each is called as an `Operation`, which skips the dispatcher where that gives the same.
 
 Arguments are trusted: the public functions have checked them. Seeds are 64 bits passed as a signed int64.
 """
@@ -24,9 +28,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from crd_fast import native, reference
+from crd_fast import native, reference, reference_objective
 from crd_fast.errors import ConfigError, ExtensionMissingError
+from crd_fast.operation import Operation
 from crd_fast.reference import ResidualInputs
+from crd_fast.reference_objective import ObjectiveInputs
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -76,12 +82,12 @@ def _compiled_residual(inputs: ResidualInputs) -> bool:
     mutates_args=(),
     schema="(Tensor x0, Tensor sigma, Tensor sample_ids, SymInt seed, SymInt stream, ScalarType dtype) -> Tensor",
 )
-def noise(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream: int, dtype: torch.dtype) -> Tensor:
+def _noise_op(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream: int, dtype: torch.dtype) -> Tensor:
     """x_t = (1 - sigma) x0 + sigma eps, contiguous (B, *latent) in `dtype`; differentiable in x0."""
     return reference.noise(x0, sigma, sample_ids, seed, stream, dtype)
 
 
-@noise.register_kernel("cpu")
+@_noise_op.register_kernel("cpu")
 def _noise_cpu(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream: int, dtype: torch.dtype) -> Tensor:
     if not _compiled(x0.dtype, dtype):
         return reference.noise(x0, sigma, sample_ids, seed, stream, dtype)
@@ -90,14 +96,14 @@ def _noise_cpu(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream:
     return out
 
 
-@noise.register_kernel("cuda")
+@_noise_op.register_kernel("cuda")
 def _noise_cuda(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream: int, dtype: torch.dtype) -> Tensor:
     if not _compiled(x0.dtype, dtype):
         return reference.noise(x0, sigma, sample_ids, seed, stream, dtype)
     return _triton().noise(x0, sigma.float(), sample_ids, seed, stream, dtype)
 
 
-@noise.register_fake
+@_noise_op.register_fake
 def _noise_fake(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream: int, dtype: torch.dtype) -> Tensor:
     return x0.new_empty(x0.shape, dtype=dtype)
 
@@ -114,7 +120,10 @@ def _noise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (keep * grad).to(ctx.x0_dtype), None, None, None, None, None
 
 
-noise.register_autograd(_noise_backward, setup_context=_noise_setup_context)
+_noise_op.register_autograd(_noise_backward, setup_context=_noise_setup_context)
+noise = Operation(
+    _noise_op, {"cpu": _noise_cpu, "cuda": _noise_cuda}, _noise_setup_context, _noise_backward, differentiable=(0,)
+)
 
 
 @torch.library.custom_op(
@@ -122,12 +131,12 @@ noise.register_autograd(_noise_backward, setup_context=_noise_setup_context)
     mutates_args=(),
     schema="(Tensor sample_ids, SymInt[] shape, SymInt seed, SymInt stream, ScalarType dtype) -> Tensor",
 )
-def epsilon(sample_ids: Tensor, shape: Sequence[int], seed: int, stream: int, dtype: torch.dtype) -> Tensor:
+def _epsilon_op(sample_ids: Tensor, shape: Sequence[int], seed: int, stream: int, dtype: torch.dtype) -> Tensor:
     """The standard normals that `noise` adds, contiguous (B, *latent) in `dtype`."""
     return reference.epsilon(sample_ids, shape, seed, stream, dtype)
 
 
-@epsilon.register_kernel("cpu")
+@_epsilon_op.register_kernel("cpu")
 def _epsilon_cpu(sample_ids: Tensor, shape: Sequence[int], seed: int, stream: int, dtype: torch.dtype) -> Tensor:
     if not _compiled(dtype):
         return reference.epsilon(sample_ids, shape, seed, stream, dtype)
@@ -136,16 +145,19 @@ def _epsilon_cpu(sample_ids: Tensor, shape: Sequence[int], seed: int, stream: in
     return out
 
 
-@epsilon.register_kernel("cuda")
+@_epsilon_op.register_kernel("cuda")
 def _epsilon_cuda(sample_ids: Tensor, shape: Sequence[int], seed: int, stream: int, dtype: torch.dtype) -> Tensor:
     if not _compiled(dtype):
         return reference.epsilon(sample_ids, shape, seed, stream, dtype)
     return _triton().epsilon(sample_ids, tuple(shape), seed, stream, dtype)
 
 
-@epsilon.register_fake
+@_epsilon_op.register_fake
 def _epsilon_fake(sample_ids: Tensor, shape: Sequence[int], seed: int, stream: int, dtype: torch.dtype) -> Tensor:
     return sample_ids.new_empty(tuple(shape), dtype=dtype)
+
+
+epsilon = Operation(_epsilon_op, {"cpu": _epsilon_cpu, "cuda": _epsilon_cuda})
 
 
 # --- residual statistics and their gradient ---------------------------------------------------------------
@@ -156,23 +168,20 @@ def _epsilon_fake(sample_ids: Tensor, shape: Sequence[int], seed: int, stream: i
     mutates_args=(),
     schema=f"({_RESIDUAL_ARGUMENTS}) -> (Tensor mse, Tensor mae, Tensor kl)",
 )
-def residual_stats(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _residual_stats_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """E, M, K, each (B,), of `ResidualInputs`; differentiable in `predicted` alone, through E and K."""
     return reference.residual_stats(ResidualInputs(*arguments))
 
 
-@residual_stats.register_kernel("cpu")
+@_residual_stats_op.register_kernel("cpu")
 def _residual_stats_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs = _dense_ids(ResidualInputs(*arguments))
     if not _compiled_residual(inputs):
         return reference.residual_stats(inputs)
-    factor, count = reference.factor_and_count(inputs, torch.float64)
-    mean = native.residual_sums(inputs) / count[:, None]  # (B, 3)
-    mse, mae, kl = (mean * torch.stack((factor.square(), factor, factor.square()), 1)).float().unbind(1)
-    return mse.clone(), mae.clone(), kl.clone()
+    return native.residual_stats(inputs, *_scales(inputs, torch.float64))
 
 
-@residual_stats.register_kernel("cuda")
+@_residual_stats_op.register_kernel("cuda")
 def _residual_stats_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs = ResidualInputs(*arguments)
     if not _compiled_residual(inputs):
@@ -181,7 +190,7 @@ def _residual_stats_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return mse, mae, kl
 
 
-@residual_stats.register_fake
+@_residual_stats_op.register_fake
 def _residual_stats_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs = ResidualInputs(*arguments)
     shape, dtype = (inputs.predicted.shape[0],), reference.statistics_dtype(inputs)
@@ -192,38 +201,51 @@ def _residual_stats_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.custom_op(
     "crd_fast::residual_grad",
     mutates_args=(),
-    schema=f"({_RESIDUAL_ARGUMENTS}, Tensor grad_mse, Tensor grad_kl) -> Tensor",
+    schema=f"({_RESIDUAL_ARGUMENTS}, Tensor? grad_mse, Tensor? grad_kl) -> Tensor",
 )
-def residual_grad(*arguments: Any) -> Tensor:
-    """dL/dpredicted from dL/dE and dL/dK, each (B,); shape, dtype and layout of `predicted`."""
+def _residual_grad_op(*arguments: Any) -> Tensor:
+    """dL/dpredicted from dL/dE and dL/dK, each (B,) or None; shape, dtype and layout of `predicted`."""
     *inputs, grad_mse, grad_kl = arguments
     return reference.residual_grad(ResidualInputs(*inputs), grad_mse, grad_kl)
 
 
-@residual_grad.register_kernel("cpu")
+@_residual_grad_op.register_kernel("cpu")
 def _residual_grad_cpu(*arguments: Any) -> Tensor:
     *shared, grad_mse, grad_kl = arguments
     inputs = _dense_ids(ResidualInputs(*shared))
     if not _compiled_residual(inputs):
         return reference.residual_grad(inputs, grad_mse, grad_kl)
-    factor, count = reference.factor_and_count(inputs, torch.float64)
-    scale = 2.0 * factor.square() / count  # (B,)
     out = torch.empty_like(inputs.predicted)
-    native.residual_grad(inputs, (scale * grad_mse).float(), (scale * grad_kl).float(), out)
+    native.residual_grad(inputs, *_scales(inputs, torch.float64), _slope(grad_mse), _slope(grad_kl), out)
     return out
+
+
+def _slope(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else grad.float().contiguous()
+
+
+def _scales(inputs: ResidualInputs, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """(B,) velocity factor and number of valid elements, None where every one is 1 and everything is valid."""
+    if inputs.prediction == "v" and inputs.mask is None:
+        return None, None
+    factor, count = reference.factor_and_count(inputs, dtype)
+    return (
+        factor.contiguous() if inputs.prediction != "v" else None,
+        count.contiguous() if inputs.mask is not None else None,
+    )
 
 
 def _dense_ids(inputs: ResidualInputs) -> ResidualInputs:
     return inputs if inputs.sample_ids is None else inputs._replace(sample_ids=inputs.sample_ids.contiguous())
 
 
-@residual_grad.register_kernel("cuda")
+@_residual_grad_op.register_kernel("cuda")
 def _residual_grad_cuda(*arguments: Any) -> Tensor:
     *shared, grad_mse, grad_kl = arguments
     inputs = ResidualInputs(*shared)
     if not _compiled_residual(inputs):
         return reference.residual_grad(inputs, grad_mse, grad_kl)
-    return _triton().residual_grad(*_triton_arguments(inputs), grad_mse.float(), grad_kl.float())
+    return _triton().residual_grad(*_triton_arguments(inputs), _slope(grad_mse), _slope(grad_kl))
 
 
 def _triton_arguments(inputs: ResidualInputs) -> tuple[Any, ...]:
@@ -232,9 +254,7 @@ def _triton_arguments(inputs: ResidualInputs) -> tuple[Any, ...]:
     kinds = {"v": kernels.VELOCITY, "x0": kernels.CLEAN, "eps": kernels.NOISE}
     kind = kernels.TENSOR if inputs.target is not None else kinds[inputs.prediction]
     target = inputs.target if kind == kernels.TENSOR else None if kind == kernels.NOISE else inputs.x0
-    factor = count = None
-    if inputs.prediction != "v" or inputs.mask is not None:
-        factor, count = reference.factor_and_count(inputs, torch.float32)
+    factor, count = _scales(inputs, torch.float32)
     return (
         inputs.predicted,
         target,
@@ -246,14 +266,17 @@ def _triton_arguments(inputs: ResidualInputs) -> tuple[Any, ...]:
         inputs.ref_uncond,
         inputs.guidance_scale,
         inputs.mask,
-        factor if inputs.prediction != "v" else None,
-        count if inputs.mask is not None else None,
+        factor,
+        count,
     )
 
 
-@residual_grad.register_fake
+@_residual_grad_op.register_fake
 def _residual_grad_fake(*arguments: Any) -> Tensor:
     return torch.empty_like(arguments[0])
+
+
+residual_grad = Operation(_residual_grad_op, {"cpu": _residual_grad_cpu, "cuda": _residual_grad_cuda})
 
 
 def _residual_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -270,9 +293,12 @@ def _residual_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     )
     ctx.numbers = (given.seed, given.stream, given.guidance_scale, given.prediction)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _residual_backward(ctx: Any, grad_mse: Tensor, grad_mae: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
+def _residual_backward(
+    ctx: Any, grad_mse: Tensor | None, grad_mae: None, grad_kl: Tensor | None
+) -> tuple[Tensor | None, ...]:
     predicted, target, x0, sigma, sample_ids, ref, ref_uncond, mask = ctx.saved_tensors
     seed, stream, guidance_scale, prediction = ctx.numbers
     inputs = ResidualInputs(
@@ -289,8 +315,94 @@ def _residual_backward(ctx: Any, grad_mse: Tensor, grad_mae: Tensor, grad_kl: Te
         mask,
         prediction,
     )
-    grad = residual_grad(*inputs, grad_mse, grad_kl)
+    unused = grad_mse is None and grad_kl is None
+    grad = None if unused else residual_grad(*inputs, grad_mse, grad_kl)
     return grad, *(None,) * (len(inputs) - 1)
 
 
-residual_stats.register_autograd(_residual_backward, setup_context=_residual_setup_context)
+_residual_stats_op.register_autograd(_residual_backward, setup_context=_residual_setup_context)
+residual_stats = Operation(
+    _residual_stats_op,
+    {"cpu": _residual_stats_cpu, "cuda": _residual_stats_cuda},
+    _residual_setup_context,
+    _residual_backward,
+    differentiable=(0,),
+)
+
+
+# --- the objective ----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "crd_fast::objective",
+    mutates_args=(),
+    schema="(Tensor mse, Tensor mae, Tensor kl, Tensor old_mse, Tensor old_mae, Tensor advantages, "
+    "Tensor? group_ids, Tensor? sample_weights, Tensor? kl_weights, Tensor? member_ids, Tensor? members, "
+    "float beta, float kl_coef, float adv_clip, bool adaptive_weight, bool adaptive_kl, float temperature, "
+    "str loss_type, str reduction) "
+    "-> (Tensor loss, Tensor parts, Tensor samples, Tensor slopes, Tensor metrics)",
+)
+def _objective_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`reference_objective.Objective` of `ObjectiveInputs`; its loss is differentiable in mse and kl."""
+    return reference_objective.objective(ObjectiveInputs(*arguments))
+
+
+def _compiled_objective(inputs: ObjectiveInputs) -> bool:
+    return _compiled(inputs.mse.dtype, inputs.old_mse.dtype)
+
+
+@_objective_op.register_kernel("cpu")
+def _objective_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = ObjectiveInputs(*arguments)
+    if not _compiled_objective(inputs):
+        return reference_objective.objective(inputs)
+    return native.objective(inputs)
+
+
+@_objective_op.register_kernel("cuda")
+def _objective_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = ObjectiveInputs(*arguments)
+    if not _compiled_objective(inputs):
+        return reference_objective.objective(inputs)
+    loss, parts, samples, slopes, metrics = _triton().objective(*inputs)
+    return loss, parts, samples, slopes, metrics
+
+
+@_objective_op.register_fake
+def _objective_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = ObjectiveInputs(*arguments)
+    batch, dtype = inputs.mse.shape[0], reference_objective.objective_dtype(inputs.mse, inputs.old_mse)
+    shape = (batch,) if inputs.reduction == "none" else ()
+    shapes = (shape, (2, *shape), (2, batch), (2, batch), (len(reference_objective.METRICS),))
+    loss, parts, samples, slopes, metrics = (inputs.mse.new_empty(shape, dtype=dtype) for shape in shapes)
+    return loss, parts, samples, slopes, metrics
+
+
+def _objective_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    given = ObjectiveInputs(*inputs)
+    _, parts, samples, slopes, metrics = output
+    ctx.save_for_backward(slopes)
+    ctx.anchored = given.kl_coef != 0
+    ctx.dtypes = (given.mse.dtype, given.kl.dtype)
+    ctx.mark_non_differentiable(parts, samples, slopes, metrics)
+    ctx.set_materialize_grads(False)
+
+
+def _objective_backward(ctx: Any, grad_loss: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
+    rest = (None,) * (len(ObjectiveInputs._fields) - 3)
+    if grad_loss is None:
+        return None, None, None, *rest
+    (slopes,) = ctx.saved_tensors
+    grad = slopes * grad_loss  # (2, B)
+    mse_dtype, kl_dtype = ctx.dtypes
+    return grad[0].to(mse_dtype), None, grad[1].to(kl_dtype) if ctx.anchored else None, *rest
+
+
+_objective_op.register_autograd(_objective_backward, setup_context=_objective_setup_context)
+objective = Operation(
+    _objective_op,
+    {"cpu": _objective_cpu, "cuda": _objective_cuda},
+    _objective_setup_context,
+    _objective_backward,
+    differentiable=(0, 2),
+)

@@ -201,11 +201,11 @@ def residual_stats(inputs: ResidualInputs) -> tuple[torch.Tensor, torch.Tensor, 
     return mse, mae, kl
 
 
-def residual_grad(inputs: ResidualInputs, grad_mse: torch.Tensor, grad_kl: torch.Tensor) -> torch.Tensor:
+def residual_grad(inputs: ResidualInputs, grad_mse: torch.Tensor | None, grad_kl: torch.Tensor | None) -> torch.Tensor:
     """dL/df = (2/D) factor^2 [ dL/dE (f - y) + dL/dK (f - f_ref) ] in shape, dtype and layout of `predicted`.
 
-    grad_mse, grad_kl: (B,). A coefficient of exactly zero drops its term, so that samples taken out of the
-    loss get a zero gradient even where their predictions are not finite.
+    grad_mse, grad_kl: (B,) or None for zero. A coefficient of exactly zero drops its term, so that samples taken out
+    of the loss get a zero gradient even where their predictions are not finite.
     """
     dtype = statistics_dtype(inputs)
     out = torch.empty_like(inputs.predicted)
@@ -214,9 +214,11 @@ def residual_grad(inputs: ResidualInputs, grad_mse: torch.Tensor, grad_kl: torch
         predicted = rows.predicted.to(dtype)
         factor, count = factor_and_count(rows, dtype)
         scale = 2.0 * factor.square() / count  # (rows,)
-        grad = _weighted(scale * grad_mse[start:stop].to(dtype), predicted - _target(rows, dtype))
-        anchor = _anchor(rows, dtype)
-        if anchor is not None:
+        grad = torch.zeros_like(predicted)
+        if grad_mse is not None:
+            grad = _weighted(scale * grad_mse[start:stop].to(dtype), predicted - _target(rows, dtype))
+        anchor = None if grad_kl is None else _anchor(rows, dtype)
+        if anchor is not None and grad_kl is not None:
             grad = grad + _weighted(scale * grad_kl[start:stop].to(dtype), predicted - anchor)
         out[start:stop] = _masked(grad, rows.mask).to(out.dtype)
     return out

@@ -13,6 +13,7 @@
 
 #include "instruction_set.h"
 #include "noising.h"
+#include "objective.h"
 #include "residual.h"
 
 namespace py = pybind11;
@@ -114,7 +115,8 @@ void noise(const std::optional<Tensor>& x0, const Tensor& out, Address sigma, Ad
 crd::ResidualArgs residual_args(const Tensor& predicted, int target_kind, const std::optional<Tensor>& target,
                                 Address sample_ids, uint64_t seed, int32_t stream, const std::optional<Tensor>& ref,
                                 const std::optional<Tensor>& ref_uncond, float guidance_scale,
-                                const std::optional<Tensor>& mask, int64_t batch, int64_t dim) {
+                                const std::optional<Tensor>& mask, Address factor, Address count, int64_t batch,
+                                int64_t dim) {
   if (target_kind < 0 || target_kind > 3) {
     throw std::invalid_argument("target_kind is " + std::to_string(target_kind) +
                                 "; expected 0 (a tensor), 1 (velocity), 2 (clean) or 3 (noise)");
@@ -133,42 +135,98 @@ crd::ResidualArgs residual_args(const Tensor& predicted, int target_kind, const 
                          rows_of("ref_uncond", ref_uncond, dim),
                          guidance_scale,
                          rows_of("mask", mask, dim),
+                         reinterpret_cast<const double*>(factor),
+                         reinterpret_cast<const double*>(count),
                          batch,
                          dim};
   if (mask && args.mask.dtype != crd::Dtype::kMask) throw std::invalid_argument("mask: expected dtype code 3 (bool)");
   return args;
 }
 
-// sums (batch, 3) fp64: squared error, absolute error, squared gap.
-void residual_sums(const Tensor& predicted, int target_kind, const std::optional<Tensor>& target, Address sample_ids,
-                   uint64_t seed, int32_t stream, const std::optional<Tensor>& ref,
-                   const std::optional<Tensor>& ref_uncond, float guidance_scale, const std::optional<Tensor>& mask,
-                   int64_t batch, int64_t dim, Address sums, int64_t threads) {
-  static_assert(sizeof(crd::ResidualSums) == 3 * sizeof(double), "sums are three doubles a sample");
+// factor, count (batch,) fp64 or null; mse, mae, kl (batch,) fp32 are written.
+void residual_stats(const Tensor& predicted, int target_kind, const std::optional<Tensor>& target, Address sample_ids,
+                    uint64_t seed, int32_t stream, const std::optional<Tensor>& ref,
+                    const std::optional<Tensor>& ref_uncond, float guidance_scale, const std::optional<Tensor>& mask,
+                    Address factor, Address count, int64_t batch, int64_t dim, Address mse, Address mae, Address kl,
+                    int64_t threads) {
   require_sizes(batch, dim, threads);
   if (batch == 0 || dim == 0) return;
-  require_address("sums", sums);
+  require_address("mse", mse);
+  require_address("mae", mae);
+  require_address("kl", kl);
   const crd::ResidualArgs args = residual_args(predicted, target_kind, target, sample_ids, seed, stream, ref,
-                                               ref_uncond, guidance_scale, mask, batch, dim);
+                                               ref_uncond, guidance_scale, mask, factor, count, batch, dim);
   py::gil_scoped_release unlocked;
-  crd::run_residual_sums(args, reinterpret_cast<crd::ResidualSums*>(sums), threads);
+  crd::run_residual_stats(args, reinterpret_cast<float*>(mse), reinterpret_cast<float*>(mae),
+                          reinterpret_cast<float*>(kl), threads);
 }
 
+// grad_mse, grad_kl (batch,) fp32 or null; grad is written.
 void residual_grad(const Tensor& predicted, int target_kind, const std::optional<Tensor>& target, Address sample_ids,
                    uint64_t seed, int32_t stream, const std::optional<Tensor>& ref,
                    const std::optional<Tensor>& ref_uncond, float guidance_scale, const std::optional<Tensor>& mask,
-                   int64_t batch, int64_t dim, Address error_weight, Address gap_weight, const Tensor& grad,
-                   int64_t threads) {
+                   Address factor, Address count, int64_t batch, int64_t dim, Address grad_mse, Address grad_kl,
+                   const Tensor& grad, int64_t threads) {
   require_sizes(batch, dim, threads);
   if (batch == 0 || dim == 0) return;
-  require_address("error_weight", error_weight);
-  require_address("gap_weight", gap_weight);
   const crd::ResidualArgs args = residual_args(predicted, target_kind, target, sample_ids, seed, stream, ref,
-                                               ref_uncond, guidance_scale, mask, batch, dim);
+                                               ref_uncond, guidance_scale, mask, factor, count, batch, dim);
   const crd::Rows grad_rows = written_rows("grad", grad, batch, dim);
   py::gil_scoped_release unlocked;
-  crd::run_residual_grad(args, reinterpret_cast<const float*>(error_weight),
-                         reinterpret_cast<const float*>(gap_weight), grad_rows, threads);
+  crd::run_residual_grad(args, reinterpret_cast<const float*>(grad_mse), reinterpret_cast<const float*>(grad_kl),
+                         grad_rows, threads);
+}
+
+const float* floats(const char* name, Address address) {
+  require_address(name, address);
+  return reinterpret_cast<const float*>(address);
+}
+
+float* written_floats(const char* name, Address address) {
+  require_address(name, address);
+  return reinterpret_cast<float*>(address);
+}
+
+// Shapes as in objective.h; group_ids, sample_weights, kl_weights, member_ids and member_values may be null.
+void objective(Address mse, Address mae, Address kl, Address old_mse, Address old_mae, Address advantages,
+               Address group_ids, Address sample_weights, Address kl_weights, Address member_ids, Address member_values,
+               int64_t batch, int64_t members, double beta, double kl_coef, double adv_clip, bool adaptive_weight,
+               bool adaptive_kl, double temperature, int loss_type, int reduction, Address loss, Address parts,
+               Address samples, Address slopes, Address metrics) {
+  require_at_least("batch", batch, 1);
+  require_at_least("members", members, 0);
+  if ((member_ids == 0) != (member_values == 0)) {
+    throw std::invalid_argument("member_ids and member_values go together; expected both or neither");
+  }
+  if (loss_type < 0 || loss_type > 1) throw std::invalid_argument("loss_type: expected 0 (mse) or 1 (bce)");
+  if (reduction < 0 || reduction > 2) throw std::invalid_argument("reduction: expected 0 (none), 1 (sum) or 2 (mean)");
+  crd::ObjectiveArgs args{};
+  args.mse = floats("mse", mse);
+  args.mae = floats("mae", mae);
+  args.kl = floats("kl", kl);
+  args.old_mse = floats("old_mse", old_mse);
+  args.old_mae = floats("old_mae", old_mae);
+  args.advantages = floats("advantages", advantages);
+  args.group_ids = reinterpret_cast<const int64_t*>(group_ids);
+  args.sample_weights = reinterpret_cast<const float*>(sample_weights);
+  args.kl_weights = reinterpret_cast<const float*>(kl_weights);
+  args.member_ids = reinterpret_cast<const int64_t*>(member_ids);
+  args.member_values = reinterpret_cast<const float*>(member_values);
+  args.batch = batch;
+  args.members = members;
+  args.beta = beta;
+  args.kl_coef = kl_coef;
+  args.adv_clip = adv_clip;
+  args.adaptive_weight = adaptive_weight;
+  args.adaptive_kl = adaptive_kl;
+  args.temperature = temperature;
+  args.loss_type = static_cast<crd::LossType>(loss_type);
+  args.reduction = static_cast<crd::Reduction>(reduction);
+  const crd::ObjectiveResults results{written_floats("loss", loss), written_floats("parts", parts),
+                                      written_floats("samples", samples), written_floats("slopes", slopes),
+                                      written_floats("metrics", metrics)};
+  py::gil_scoped_release unlocked;
+  crd::run_objective(args, results);
 }
 
 py::tuple philox4x32(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
@@ -184,15 +242,23 @@ PYBIND11_MODULE(_C, m) {
   m.def("noise", &noise, "x_t = (1 - sigma) x0 + sigma epsilon in fp32, rounded to the output dtype; epsilon without x0.",
         py::arg("x0"), py::arg("out"), py::arg("sigma"), py::arg("sample_ids"), py::arg("batch"), py::arg("dim"),
         py::arg("seed"), py::arg("stream"), py::arg("threads"));
-  m.def("residual_sums", &residual_sums, "Sums of squared error, absolute error and squared gap to the anchor, per row.",
+  m.def("residual_stats", &residual_stats, "Mean squared error, mean absolute error and squared gap to the anchor, per row.",
         py::arg("predicted"), py::arg("target_kind"), py::arg("target"), py::arg("sample_ids"), py::arg("seed"),
         py::arg("stream"), py::arg("ref"), py::arg("ref_uncond"), py::arg("guidance_scale"), py::arg("mask"),
-        py::arg("batch"), py::arg("dim"), py::arg("sums"), py::arg("threads"));
-  m.def("residual_grad", &residual_grad, "error_weight (f - y) + gap_weight (f - g), rounded to the output dtype.",
+        py::arg("factor"), py::arg("count"), py::arg("batch"), py::arg("dim"), py::arg("mse"), py::arg("mae"),
+        py::arg("kl"), py::arg("threads"));
+  m.def("residual_grad", &residual_grad, "The gradient of the prediction from those of its statistics, rounded once.",
         py::arg("predicted"), py::arg("target_kind"), py::arg("target"), py::arg("sample_ids"), py::arg("seed"),
         py::arg("stream"), py::arg("ref"), py::arg("ref_uncond"), py::arg("guidance_scale"), py::arg("mask"),
-        py::arg("batch"), py::arg("dim"), py::arg("error_weight"), py::arg("gap_weight"), py::arg("grad"),
-        py::arg("threads"));
+        py::arg("factor"), py::arg("count"), py::arg("batch"), py::arg("dim"), py::arg("grad_mse"), py::arg("grad_kl"),
+        py::arg("grad"), py::arg("threads"));
+  m.def("objective", &objective, "The CRD loss of a batch from its residual statistics, with its slopes and metrics.",
+        py::arg("mse"), py::arg("mae"), py::arg("kl"), py::arg("old_mse"), py::arg("old_mae"), py::arg("advantages"),
+        py::arg("group_ids"), py::arg("sample_weights"), py::arg("kl_weights"), py::arg("member_ids"),
+        py::arg("member_values"), py::arg("batch"), py::arg("members"), py::arg("beta"), py::arg("kl_coef"),
+        py::arg("adv_clip"), py::arg("adaptive_weight"), py::arg("adaptive_kl"), py::arg("temperature"),
+        py::arg("loss_type"), py::arg("reduction"), py::arg("loss"), py::arg("parts"), py::arg("samples"),
+        py::arg("slopes"), py::arg("metrics"));
   m.def("philox4x32", &philox4x32, "One Philox4x32-10 block: 4 words from a counter of 4 words and a key of 2.",
         py::arg("counter"), py::arg("key"));
   m.def(

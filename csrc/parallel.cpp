@@ -2,33 +2,20 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
-#include <condition_variable>
 #include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <pthread.h>
+#define CRD_POSIX
 #endif
 
 namespace crd {
 namespace {
-
-inline void pause_briefly() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#endif
-}
-
-// A worker that has just worked looks for more this long before it sleeps: waking a sleeper takes as long as a whole
-// call, and the next call of a loss comes within it.
-constexpr std::chrono::microseconds kWatch{200};
-constexpr int kLooksPerClock = 32;
-
-// Looks of a caller at workers that finish their last item, before it offers its processor to them.
-constexpr int kLooksBeforeYield = 10000;
 
 struct Job {
   const std::function<void(int64_t)>& run;
@@ -49,107 +36,50 @@ struct Job {
   }
 };
 
-class Pool {
- public:
-  // False when another call is at work: nothing has been done then.
-  bool run(Job& job, int64_t helpers) {
-    const std::unique_lock<std::mutex> only_one(busy_, std::try_to_lock);
-    if (!only_one.owns_lock()) return false;
-    const uint64_t places = static_cast<uint64_t>(start_workers(std::min<int64_t>(helpers, kMostPlaces)));
-    job_ = &job;
-    left_ = 0;
-    ++calls_;
-    offer_ = calls_ << kPlaceBits | places;
-    if (asleep_ > 0) {
-      { const std::lock_guard<std::mutex> lock(sleep_mutex_); }  // whoever counted itself asleep waits by now
-      wake_.notify_all();
-    }
-    job.take_items();
-    const uint64_t untaken = offer_.exchange(calls_ << kPlaceBits) & kMostPlaces;
-    for (int look = 0; left_ != places - untaken; ++look) {
-      if (look < kLooksBeforeYield) {
-        pause_briefly();
-      } else {
-        std::this_thread::yield();
-      }
-    }
-    return true;
-  }
+// The entry into a parallel region of the OpenMP runtime that is in the process already, PyTorch's. Its threads are
+// awake after PyTorch's own operations, and a second set of them would take their processors.
+using OpenMpParallel = void (*)(void (*run)(void*), void* data, unsigned threads, unsigned flags);
 
- private:
-  static constexpr int kPlaceBits = 16;
-  static constexpr uint64_t kMostPlaces = (uint64_t{1} << kPlaceBits) - 1;
+#if defined(CRD_POSIX)
+std::atomic<bool> forked{false};
 
-  // How many of `wanted` workers there are.
-  int64_t start_workers(int64_t wanted) {
-    try {
-      for (; workers_ < wanted; ++workers_) std::thread([this] { work(); }).detach();
-    } catch (const std::system_error&) {
-      // The system refused another thread: those there are do what is left.
-    }
-    return std::min(wanted, workers_);
-  }
+OpenMpParallel find_openmp() {
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+  return reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+}
 
-  void work() {
-    uint64_t seen = 0;
-    while (true) {
-      wait_for_other_than(seen);
-      uint64_t offer = offer_;
-      while ((offer & kMostPlaces) != 0 && !offer_.compare_exchange_weak(offer, offer - 1)) {
-      }
-      seen = offer >> kPlaceBits;
-      if ((offer & kMostPlaces) == 0) continue;
-      job_->take_items();
-      ++left_;
-    }
-  }
-
-  void wait_for_other_than(uint64_t call) {
-    const auto until = std::chrono::steady_clock::now() + kWatch;
-    do {
-      for (int look = 0; look < kLooksPerClock; ++look) {
-        if (offer_ >> kPlaceBits != call) return;
-        pause_briefly();
-      }
-    } while (std::chrono::steady_clock::now() < until);
-    std::unique_lock<std::mutex> lock(sleep_mutex_);
-    ++asleep_;
-    wake_.wait(lock, [&] { return offer_ >> kPlaceBits != call; });
-    --asleep_;
-  }
-
-  std::mutex busy_;       // held by the call at work, guards the next three
-  int64_t workers_ = 0;
-  uint64_t calls_ = 0;
-  Job* job_ = nullptr;    // read by workers that hold a place
-  std::atomic<uint64_t> offer_{0};  // number of the call, and the places at its job that are not taken
-  std::atomic<uint64_t> left_{0};   // workers that have left the job
-  std::mutex sleep_mutex_;
-  std::condition_variable wake_;
-  std::atomic<int64_t> asleep_{0};
-};
-
-// Never destroyed: its threads sleep in it until the process ends. A forked child has none of them and starts anew.
-std::atomic<Pool*> current_pool{nullptr};
-
-Pool& pool() {
-  static const bool made = [] {
-    current_pool = new Pool;
-#if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, [] { current_pool = new Pool; });
+// Null in a forked child: the runtime's threads stayed with the parent, and a region would wait for them forever.
+OpenMpParallel openmp() {
+  static const OpenMpParallel found = find_openmp();
+  return forked ? nullptr : found;
+}
+#else
+OpenMpParallel openmp() { return nullptr; }
 #endif
-    return true;
-  }();
-  static_cast<void>(made);
-  return *current_pool;
+
+void run_on_new_threads(Job& job, int64_t threads) {
+  std::vector<std::thread> helpers;
+  try {
+    while (static_cast<int64_t>(helpers.size()) < threads - 1) helpers.emplace_back([&job] { job.take_items(); });
+  } catch (const std::system_error&) {
+    // The system refused another thread: those there are do what is left.
+  }
+  job.take_items();
+  for (std::thread& helper : helpers) helper.join();
 }
 
 }  // namespace
 
 void parallel_for(int64_t items, int64_t threads, const std::function<void(int64_t)>& run) {
   Job job{run, items};
-  const int64_t helpers = std::min(items, threads) - 1;
-  if (helpers < 1 || !pool().run(job, helpers)) job.take_items();
+  const int64_t wanted = std::min(items, threads);
+  if (wanted <= 1) {
+    job.take_items();
+  } else if (const OpenMpParallel parallel = openmp()) {
+    parallel([](void* data) { static_cast<Job*>(data)->take_items(); }, &job, static_cast<unsigned>(wanted), 0);
+  } else {
+    run_on_new_threads(job, wanted);
+  }
   if (job.error) std::rethrow_exception(job.error);
 }
 

@@ -1,4 +1,4 @@
-// Splits independent work items over threads that stay alive between calls.
+// Splits independent work items over threads.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,7 @@
 namespace crd {
 
 // Calls run(item) once for every item of [0, items), on the caller's thread and up to `threads` - 1 others; who takes
-// which item is not determined. The first exception thrown is rethrown once every thread has left. A call made while
-// another one is at work, from another thread, does its items alone.
+// which item is not determined. The first exception thrown is rethrown once every thread has left.
 void parallel_for(int64_t items, int64_t threads, const std::function<void(int64_t)>& run);
 
 }  // namespace crd

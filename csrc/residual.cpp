@@ -7,7 +7,17 @@
 
 namespace crd {
 
-void run_residual_sums(const ResidualArgs& args, ResidualSums* sums, int64_t threads) {
+namespace {
+
+double factor_of(const ResidualArgs& args, int64_t row) { return args.factor == nullptr ? 1.0 : args.factor[row]; }
+
+double count_of(const ResidualArgs& args, int64_t row) {
+  return args.count == nullptr ? static_cast<double>(args.dim) : args.count[row];
+}
+
+}  // namespace
+
+void run_residual_stats(const ResidualArgs& args, float* mse, float* mae, float* kl, int64_t threads) {
   const ResidualSumsSpan span = kernels().residual_sums;
   const int64_t spans = spans_per_row(args.dim);
   std::vector<ResidualSums> partial(static_cast<size_t>(args.batch * spans));
@@ -22,15 +32,23 @@ void run_residual_sums(const ResidualArgs& args, ResidualSums* sums, int64_t thr
       total.absolute += part.absolute;
       total.gap += part.gap;
     }
-    sums[row] = total;
+    const double factor = factor_of(args, row), count = count_of(args, row);
+    mse[row] = static_cast<float>(factor * factor * (total.squared / count));
+    mae[row] = static_cast<float>(factor * (total.absolute / count));
+    kl[row] = static_cast<float>(factor * factor * (total.gap / count));
   }
 }
 
-void run_residual_grad(const ResidualArgs& args, const float* error_weight, const float* gap_weight, const Rows& grad,
+void run_residual_grad(const ResidualArgs& args, const float* grad_mse, const float* grad_kl, const Rows& grad,
                        int64_t threads) {
   const ResidualGradSpan span = kernels().residual_grad;
   for_each_span(args.batch, args.dim, threads, [&](int64_t row, int64_t begin, int64_t end) {
-    span(args, error_weight[row], gap_weight[row], grad, row, begin, end);
+    const double factor = factor_of(args, row);
+    const double scale = 2.0 * factor * factor / count_of(args, row);
+    const auto weight = [&](const float* slopes) {
+      return slopes == nullptr ? 0.0f : static_cast<float>(scale * slopes[row]);
+    };
+    span(args, weight(grad_mse), weight(grad_kl), grad, row, begin, end);
   });
 }
 

@@ -3,6 +3,8 @@
 //   E = mean (f - y)^2,  M = mean |f - y|,  K = mean (f - g)^2,   g = u + w (c - u), or c without u
 //   dL/df = 2/count (dL/dE (f - y) + dL/dK (f - g))
 //
+// E and K carry the square of a sample's factor, M the factor itself.
+//
 // The target y is a tensor, or is made in registers from x0 and the seed: epsilon - x0, x0, or epsilon.
 #pragma once
 
@@ -23,7 +25,9 @@ struct ResidualArgs {
   Rows ref;            // c; not given: no anchor
   Rows ref_uncond;     // u
   float guidance_scale;
-  Rows mask;  // not given: every element is valid
+  Rows mask;             // not given: every element is valid
+  const double* factor;  // (batch,): turns errors into velocity errors; null: 1
+  const double* count;   // (batch,): valid elements, at least 1; null: dim
   int64_t batch;
   int64_t dim;
 };
@@ -35,12 +39,12 @@ struct ResidualSums {
   double gap = 0;       // (f - g)^2
 };
 
-// sums (batch,): added up in a fixed order.
-void run_residual_sums(const ResidualArgs& args, ResidualSums* sums, int64_t threads);
+// E, M and K, (batch,) each; K is 0 without an anchor. Sums are added in a fixed order.
+void run_residual_stats(const ResidualArgs& args, float* mse, float* mae, float* kl, int64_t threads);
 
-// grad = error_weight (f - y) + gap_weight (f - g) and 0 where the mask is; weights are (batch,). A weight of zero drops
-// its term, whatever the tensors hold.
-void run_residual_grad(const ResidualArgs& args, const float* error_weight, const float* gap_weight, const Rows& grad,
+// dL/df from dL/dE and dL/dK, (batch,) each or null for none; 0 where the mask is. A slope of zero drops its term,
+// whatever the tensors hold.
+void run_residual_grad(const ResidualArgs& args, const float* grad_mse, const float* grad_kl, const Rows& grad,
                        int64_t threads);
 
 }  // namespace crd

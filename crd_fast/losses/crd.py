@@ -1,31 +1,26 @@
 """The CRD loss: the centered implicit reward regressed onto the centered external reward, plus a KL anchor.
 
 Source: "Diffusion Reinforcement Learning via Centered Reward Distillation" (arXiv 2603.14128). The latents
-enter through the residual statistics E, M and K of each sample only; everything in this file is mathematics
-on (B,) vectors.
+enter through the residual statistics E, M and K of each sample only; the rest, `crd_fast.reference_objective` and its
+compiled counterparts, is mathematics on (B,) vectors.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn import functional as F
 
 from crd_fast import checks, ops
 from crd_fast.forward_process import Noised, ResidualStats, residual_inputs, residual_stats
 from crd_fast.losses import centering
 from crd_fast.losses.config import CRDConfig
 from crd_fast.reference import ResidualInputs
-
-MAE_FLOOR = 1e-5
-"""The adaptive weight divides by at least this mean absolute error."""
-
-KL_FLOOR = 1e-4
-"""Adaptive KL weighs a sample by kappa = m + a (1 - m), m = KL_FLOOR / lambda: at a = 0, lambda m is left."""
+from crd_fast.reference_objective import METRICS, ObjectiveInputs, rewards
 
 DEFAULT_CONFIG = CRDConfig()
 
@@ -47,31 +42,6 @@ class CRDOutput:
     implicit_reward: Tensor
     kl: Tensor
     metrics: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Samples:
-    """Checked (B,) vectors in the dtype of the mathematics, with left-out samples made harmless.
-
-    A left-out sample may hold anything, NaN included, and NaN times zero is NaN in the backward pass; so its
-    values are replaced *before* they are used, not masked after.
-    """
-
-    active: Tensor  # bool, sample_weights != 0
-    anchored: Tensor  # bool, active and kl_weights != 0
-    weight: Tensor  # sample_weights
-    kl_weight: Tensor
-    advantage: Tensor
-    theta_mse: Tensor  # E of f_theta, with graph
-    theta_mae: Tensor
-    kl: Tensor  # K, with graph
-    old_mse: Tensor
-    old_mae: Tensor
-    group_ids: Tensor  # int64
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean over the samples that count; 0 when none does."""
-        return torch.where(self.active, values, 0.0).sum() / self.active.sum().clamp(min=1)
 
 
 def loss(
@@ -130,7 +100,7 @@ def loss(
     """
     checks.require_latents("f_theta", f_theta)
     _check_reference(ref, ref_uncond, guidance_scale, config)
-    with torch.autocast(device_type=f_theta.device.type, enabled=False):
+    with _without_autocast(f_theta.device.type):
         inputs = residual_inputs(
             "f_theta",
             f_theta,
@@ -142,24 +112,19 @@ def loss(
             guidance_scale=guidance_scale,
         )
         old = _old_stats(old, f_theta, target, mask, config)
-        samples = _samples(inputs, old, advantages, group_ids, sample_weights, kl_weights, config)
-        mapped = _mapped_reward(samples.advantage, config.adv_clip)  # a, (B,)
-        implicit = _implicit_reward(samples, config)  # r, (B,)
-        members = centering.Members(samples.group_ids, mapped, implicit.detach(), samples.active)
+        given = _objective_inputs(inputs, old, advantages, group_ids, sample_weights, kl_weights, config)
         if process_group is not None:
-            members = centering.gather(members, process_group)
-        same = centering.same_group(samples.group_ids, members)  # (B, N)
-        means = centering.group_means(same, members, config.temperature)
-        policy = samples.weight * _policy_loss(implicit, mapped, means, config)  # (B,)
-        kl = samples.weight * _kl_loss(samples, mapped, config)  # (B,)
-        policy_loss, kl_loss = (_reduce(samples, term, config.reduction) for term in (policy, kl))
+            given = _with_other_ranks(given, process_group)
+        value, parts, samples, _, metrics = ops.objective(*given)
+        policy_loss, kl_loss = parts.unbind()
+        implicit_reward, kl = samples.unbind()
         return CRDOutput(
-            loss=policy_loss + kl_loss,
-            policy_loss=policy_loss.detach(),
-            kl_loss=kl_loss.detach(),
-            implicit_reward=implicit.detach(),
-            kl=samples.kl.detach(),
-            metrics=_metrics(samples, mapped, implicit, policy, kl, same, means, config),
+            loss=value,
+            policy_loss=policy_loss,
+            kl_loss=kl_loss,
+            implicit_reward=implicit_reward,
+            kl=kl,
+            metrics=dict(zip(METRICS, metrics.unbind(), strict=True)),
         )
 
 
@@ -181,6 +146,13 @@ class CRDLoss(nn.Module):
 # --- inputs -----------------------------------------------------------------------------------------------
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    # Leaving out what changes nothing: entering a region costs as much as a small operation.
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type=device_type, enabled=False)
+    return nullcontext()
+
+
 def _check_reference(ref: Tensor | None, ref_uncond: Tensor | None, guidance_scale: float, config: CRDConfig) -> None:
     checks.require_finite_number("guidance_scale", guidance_scale)
     if ref is None and config.kl_coef > 0:
@@ -197,7 +169,7 @@ def _check_reference(ref: Tensor | None, ref_uncond: Tensor | None, guidance_sca
         )
 
 
-def _samples(
+def _objective_inputs(
     inputs: ResidualInputs,
     old: ResidualStats,
     advantages: Tensor,
@@ -205,39 +177,47 @@ def _samples(
     sample_weights: Tensor | None,
     kl_weights: Tensor | None,
     config: CRDConfig,
-) -> _Samples:
+) -> ObjectiveInputs:
     batch, device = inputs.predicted.shape[0], inputs.predicted.device
     checks.require_per_sample("advantages", advantages, batch, device)
-    if group_ids is None:
-        group_ids = torch.zeros(batch, dtype=torch.int64, device=device)
-    checks.require_per_sample("group_ids", group_ids, batch, device, dtypes=(torch.int64,))
-    if config.centering == "batch":
-        group_ids = torch.zeros_like(group_ids)
-    weight = _weights("sample_weights", sample_weights, batch, device)
-    kl_weight = _weights("kl_weights", kl_weights, batch, device)
-    active = weight != 0
-    checks.require_finite("advantages", advantages, where=active)
-
+    if group_ids is not None:
+        checks.require_per_sample("group_ids", group_ids, batch, device, dtypes=(torch.int64,))
+    for name, weights in (("sample_weights", sample_weights), ("kl_weights", kl_weights)):
+        if weights is not None:
+            checks.require_per_sample(name, weights, batch, device)
+            checks.require_weights(name, weights)
+    checks.require_finite("advantages", advantages, where=None if sample_weights is None else sample_weights != 0)
     mse, mae, kl = ops.residual_stats(*inputs)
-    dtype = torch.promote_types(mse.dtype, old.mse.dtype)
-    anchored = active & (kl_weight != 0)
-
-    def harmless(values: Tensor, keep: Tensor) -> Tensor:
-        return torch.where(keep, values.to(dtype), 0.0)
-
-    return _Samples(
-        active=active,
-        anchored=anchored,
-        weight=weight.to(dtype),
-        kl_weight=kl_weight.to(dtype),
-        advantage=harmless(advantages.detach(), active),
-        theta_mse=harmless(mse, active),
-        theta_mae=harmless(mae, active),
-        kl=harmless(kl, anchored),
-        old_mse=harmless(old.mse.detach(), active),
-        old_mae=harmless(old.mae.detach(), active),
-        group_ids=group_ids,
+    return ObjectiveInputs(
+        mse=mse,
+        mae=mae,
+        kl=kl,
+        old_mse=old.mse.detach(),
+        old_mae=old.mae.detach(),
+        advantages=advantages.detach(),
+        group_ids=None if config.centering == "batch" else group_ids,
+        sample_weights=None if sample_weights is None else sample_weights.detach(),
+        kl_weights=None if kl_weights is None else kl_weights.detach(),
+        member_ids=None,
+        members=None,
+        beta=float(config.beta),
+        kl_coef=float(config.kl_coef),
+        adv_clip=float(config.adv_clip),
+        adaptive_weight=config.adaptive_weight,
+        adaptive_kl=config.adaptive_kl,
+        temperature=float(config.temperature),
+        loss_type=config.loss_type,
+        reduction=config.reduction,
     )
+
+
+@torch.no_grad()
+def _with_other_ranks(given: ObjectiveInputs, process_group: dist.ProcessGroup) -> ObjectiveInputs:
+    ids = given.group_ids
+    if ids is None:
+        ids = torch.zeros(given.mse.shape[0], dtype=torch.int64, device=given.mse.device)
+    member_ids, members = centering.gather(ids, rewards(given), process_group)
+    return given._replace(member_ids=member_ids, members=members)
 
 
 def _old_stats(
@@ -260,94 +240,3 @@ def _old_stats(
         )
     checks.require_like("old", old, "f_theta", f_theta)
     return residual_stats(old.detach(), target, mask=mask, prediction=config.prediction)
-
-
-def _weights(name: str, weights: Tensor | None, batch: int, device: torch.device) -> Tensor:
-    if weights is None:
-        return torch.ones(batch, device=device)
-    checks.require_per_sample(name, weights, batch, device)
-    checks.require_weights(name, weights)
-    return weights.detach()
-
-
-# --- the objective ----------------------------------------------------------------------------------------
-
-
-def _mapped_reward(advantages: Tensor, clip: float) -> Tensor:
-    """a in [0, 1]; an advantage of 0 maps to 1/2."""
-    return (advantages.clamp(-clip, clip) / (2.0 * clip) + 0.5).clamp(0.0, 1.0)
-
-
-def _implicit_reward(samples: _Samples, config: CRDConfig) -> Tensor:
-    """r = -(rho_theta - rho_old): how much better than the old snapshot the model predicts the velocity."""
-    if not config.adaptive_weight:
-        return samples.old_mse - samples.theta_mse
-    theta = samples.theta_mse / samples.theta_mae.detach().clamp(min=MAE_FLOOR)
-    return samples.old_mse / samples.old_mae.clamp(min=MAE_FLOOR) - theta
-
-
-def _policy_loss(implicit: Tensor, mapped: Tensor, means: list[centering.GroupMeans], config: CRDConfig) -> Tensor:
-    """(B,) loss, averaged over the directions of centering, times adv_clip / beta."""
-    total = torch.zeros_like(implicit)
-    for mean in means:
-        estimate, wanted = config.beta * (implicit - mean.implicit), mapped - mean.reward
-        if config.loss_type == "mse":
-            total = total + (estimate - wanted).square()
-        else:
-            total = total + F.binary_cross_entropy_with_logits(estimate, wanted.sigmoid(), reduction="none")
-    return total * (config.adv_clip / (config.beta * len(means)))
-
-
-def _kl_loss(samples: _Samples, mapped: Tensor, config: CRDConfig) -> Tensor:
-    """(B,) lambda kappa K; exactly zero, without a graph, when lambda is 0."""
-    if config.kl_coef == 0:
-        return torch.zeros_like(mapped)
-    weighted = config.kl_coef * samples.kl_weight * samples.kl
-    if not config.adaptive_kl:
-        return weighted
-    floor = KL_FLOOR / config.kl_coef
-    return weighted * (floor + mapped * (1.0 - floor))
-
-
-def _reduce(samples: _Samples, values: Tensor, reduction: str) -> Tensor:
-    """`values` (B,) carry the sample weight already; left-out samples contribute zero."""
-    if reduction == "mean":
-        return samples.mean(values)
-    kept = torch.where(samples.active, values, 0.0)
-    return kept.sum() if reduction == "sum" else kept
-
-
-@torch.no_grad()
-def _metrics(
-    samples: _Samples,
-    mapped: Tensor,
-    implicit: Tensor,
-    policy: Tensor,
-    kl: Tensor,
-    same: Tensor,
-    means: list[centering.GroupMeans],
-    config: CRDConfig,
-) -> dict[str, Tensor]:
-    def std(values: Tensor) -> Tensor:
-        return samples.mean((values - samples.mean(values)).square()).sqrt()
-
-    policy_loss, kl_loss = samples.mean(policy), samples.mean(kl)
-    alone = samples.active & (same.sum(1) == 1)
-    return {
-        "loss": policy_loss + kl_loss,
-        "policy_loss": policy_loss,
-        "kl_loss": kl_loss,
-        "kl": samples.mean(samples.kl_weight * samples.kl),
-        "implicit_reward_mean": samples.mean(implicit),
-        "implicit_reward_std": std(implicit),
-        "implicit_reward_centered_std": std(implicit - means[0].implicit),
-        "reward_mapped_mean": samples.mean(mapped),
-        "reward_mapped_std": std(mapped),
-        "advantage_clip_fraction": samples.mean((samples.advantage.abs() > config.adv_clip).to(mapped.dtype)),
-        "singleton_groups": alone.sum(),
-        "samples": samples.active.sum(),
-        "theta_mse": samples.mean(samples.theta_mse),
-        "theta_mae": samples.mean(samples.theta_mae),
-        "old_mse": samples.mean(samples.old_mse),
-        "old_mae": samples.mean(samples.old_mae),
-    }

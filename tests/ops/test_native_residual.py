@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -184,7 +189,7 @@ def test_long_rows_are_summed_without_drift():
         ("target", None, "target is looked at unless"),
         ("ref", None, "ref_uncond without ref"),
         ("mask", (8, 0, 4, [4], [1]), "mask: expected dtype code 3"),
-        ("sums", 0, "sums is null"),
+        ("mae", 0, "mae is null"),
         ("sample_ids", 0, "sample_ids is null"),
         ("predicted", (8, 0, 4, [3], [1]), "predicted has rows of 3"),
     ],
@@ -204,8 +209,45 @@ def test_bad_arguments_are_named(argument, value, message):
         "mask": None,
         "batch": 2,
         "dim": 4,
-        "sums": 8,
+        "factor": 0,
+        "count": 0,
+        "mse": 8,
+        "mae": 8,
+        "kl": 8,
         "threads": 1,
     }
     with pytest.raises(ValueError, match=f"^{message}"):
-        native.extension().residual_sums(**{**good, argument: value})
+        native.extension().residual_stats(**{**good, argument: value})
+
+
+def statistics_of_a_large_batch():
+    inputs = image_inputs(batch=8)
+    return torch.stack(ops.residual_stats(*inputs))
+
+
+def test_calls_from_several_threads_at_once():
+    expected = statistics_of_a_large_batch()
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: statistics_of_a_large_batch(), range(16)):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_forked_child_does_not_wait_for_the_parents_threads():
+    """In a process of its own: PyTorch itself may hang in a child of a process that has used its threads."""
+    program = """
+import os, torch
+from crd_fast import native
+torch.set_num_threads(2)
+ids, out = torch.arange(64), torch.empty(64, 4096)
+native.epsilon(ids, 1, 0, out)
+expected = out.clone()
+out.zero_()
+child = os.fork()
+if child == 0:
+    native.epsilon(ids, 1, 0, out)
+    os._exit(0 if out.numpy().tobytes() == expected.numpy().tobytes() else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,88 @@
+"""How a registered operator is called: through PyTorch's dispatcher, or straight, where that gives the same.
+
+A call through the dispatcher boxes and unboxes every argument twice, which costs more than the arithmetic of a small
+batch. In plain eager mode nobody listens to it, so the same kernel runs under the same autograd formula without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Kernel = Callable[..., Any]
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+class Operation:
+    """`torch.ops.crd_fast.<name>` as a Python function.
+
+    registered: the operator. kernels: device type -> what is registered for it. setup_context and backward: what is
+    registered as its autograd formula, when it has one; differentiable: the places of the arguments that it gives a
+    gradient.
+    """
+
+    def __init__(
+        self,
+        registered: Kernel,
+        kernels: Mapping[str, Kernel],
+        setup_context: Kernel | None = None,
+        backward: Kernel | None = None,
+        differentiable: tuple[int, ...] = (),
+    ) -> None:
+        self.registered = registered
+        self.kernels = dict(kernels)
+        self.differentiable = differentiable
+        self.functions = {}
+        if setup_context is not None and backward is not None:
+            self.functions = {
+                name: _function(run, setup_context, backward, differentiable) for name, run in kernels.items()
+            }
+
+    def __call__(self, *arguments: Any) -> Any:
+        device = arguments[0].device.type
+        if device not in self.kernels or _someone_listens():
+            return self.registered(*arguments)
+        differentiated = False
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                if type(argument) not in PLAIN_TYPES:
+                    return self.registered(*arguments)
+                differentiated |= argument.requires_grad
+        if not differentiated or not torch.is_grad_enabled():
+            return self.kernels[device](*arguments)
+        if device in self.functions:
+            chosen = (arguments[place] for place in self.differentiable)
+            return self.functions[device].apply(arguments, *chosen)
+        return self.registered(*arguments)  # raises on the way back that it has no formula
+
+
+def _someone_listens() -> bool:
+    """Whether anything sees operators pass the dispatcher: a compiler, a tracer, a dispatch mode, a functorch
+    transform."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _function(
+    run: Kernel, setup_context: Kernel, backward: Kernel, differentiable: tuple[int, ...]
+) -> type[torch.autograd.Function]:
+    """Of (all arguments, *differentiable ones): the fewer that autograd looks at, the less it costs."""
+
+    def run_forward(ctx: Any, arguments: tuple[Any, ...], *chosen: Tensor) -> Any:
+        output = run(*arguments)
+        setup_context(ctx, arguments, output)
+        return output
+
+    def run_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_arguments = backward(ctx, *grads)
+        return None, *(of_arguments[place] for place in differentiable)
+
+    members = {"forward": staticmethod(run_forward), "backward": staticmethod(run_backward)}
+    return type(f"Crd{run.__name__}", (torch.autograd.Function,), members)
