@@ -30,6 +30,10 @@ class ExtensionMissingError(CrdFastError, ImportError):
     """The compiled C++ extension is not there."""
 
 
+class TransformError(CrdFastError, NotImplementedError):
+    """An operator was called under a function transform that it has no rule for."""
+
+
 class NonFiniteError(CrdFastError, FloatingPointError):
     """Losses or gradients stayed NaN or infinite."""
 

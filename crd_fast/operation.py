@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from crd_fast.errors import TransformError
 
 Kernel = Callable[..., Any]
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -42,6 +45,13 @@ class Operation:
             }
 
     def __call__(self, *arguments: Any) -> Any:
+        """
+        Raises:
+            TransformError: inside torch.func (grad, vjp, jvp, vmap, ...) or forward-mode differentiation.
+        """
+        if torch.compiler.is_compiling():
+            return self.registered(*arguments)
+        _refuse_transforms(arguments[0])
         device = arguments[0].device.type
         if device not in self.kernels or _someone_listens():
             return self.registered(*arguments)
@@ -60,14 +70,21 @@ class Operation:
 
 
 def _someone_listens() -> bool:
-    """Whether anything sees operators pass the dispatcher: a compiler, a tracer, a dispatch mode, a functorch
-    transform."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    )
+    """Whether anything sees operators pass the dispatcher: a dispatch mode or a tracer."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+
+
+def _refuse_transforms(first: Tensor) -> None:
+    """PyTorch's own handling would be wrong without a word: tangents of zero, for one."""
+    transformed = torch._C._are_functorch_transforms_active()
+    if not transformed and forward_ad._current_level >= 0:
+        transformed = forward_ad.unpack_dual(first).tangent is not None
+    if transformed:
+        raise TransformError(
+            "crd_fast's operators have no rules for torch.func transforms (grad, vjp, jvp, vmap, ...) or forward-mode "
+            "differentiation; take gradients with loss.backward() or torch.autograd.grad outside of them, and put "
+            "further samples into the batch dimension instead of vmap"
+        )
 
 
 def _function(
