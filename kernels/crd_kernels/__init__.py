@@ -6,6 +6,7 @@ and triton only, and nothing of the rest of crd_fast. The directory above it has
 """
 
 from .noise import epsilon, noise
+from .objective import objective
 from .residual import CLEAN, NOISE, TENSOR, VELOCITY, residual_grad, residual_stats
 
-__all__ = ["CLEAN", "NOISE", "TENSOR", "VELOCITY", "epsilon", "noise", "residual_grad", "residual_stats"]
+__all__ = ["CLEAN", "NOISE", "TENSOR", "VELOCITY", "epsilon", "noise", "objective", "residual_grad", "residual_stats"]

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+# Multiply-adds are fused where a kernel says so and nowhere else, as in the C++ extension. Triton's own choice has
+# changed between its versions.
+ROUNDING = {"enable_fp_fusion": False}
+
 # Programs a multiprocessor should have at hand before rows are no longer split further: enough loads are then in
 # flight to reach the memory's bandwidth.
 PROGRAMS_PER_PROCESSOR = 8

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import elementwise_config
+from .configs import ROUNDING, elementwise_config
 from .normals import normals
 
 
@@ -23,8 +23,9 @@ def noise_kernel(
     HAS_X0: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_row = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * BLOCK
+    blocks = tl.cdiv(dim, BLOCK)
+    i_row = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     o_element = first + tl.arange(0, BLOCK)
     m_element = o_element < dim
     value = normals(seed, stream, tl.load(p_ids + i_row), first, BLOCK)
@@ -69,7 +70,7 @@ def _launch(
     if batch == 0 or dim == 0:
         return
     config = elementwise_config(dim)
-    noise_kernel[(triton.cdiv(dim, config.block), batch)](
+    noise_kernel[(batch * triton.cdiv(dim, config.block),)](
         out if rows is None else rows,
         sample_ids if sigma is None else sigma,
         sample_ids,
@@ -81,4 +82,5 @@ def _launch(
         HAS_X0=rows is not None,
         BLOCK=config.block,
         num_warps=config.warps,
+        **ROUNDING,
     )

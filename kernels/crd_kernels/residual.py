@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import elementwise_config, processors_of, reduction_config
+from .configs import ROUNDING, elementwise_config, processors_of, reduction_config
 from .normals import normals
 
 # What the target is made of.
@@ -48,7 +48,7 @@ def _anchor(p_ref, p_uncond, i_row, o_element, m_element, ref_stride, uncond_str
     anchor = tl.load(p_ref + i_row * ref_stride + o_element, mask=m_element, other=0.0).to(tl.float32)
     if GUIDED:
         uncond = tl.load(p_uncond + i_row * uncond_stride + o_element, mask=m_element, other=0.0).to(tl.float32)
-        anchor = uncond + scale * (anchor - uncond)
+        anchor = tl.fma(scale + tl.zeros_like(anchor), anchor - uncond, uncond)
     return anchor
 
 
@@ -75,6 +75,7 @@ def partial_sums_kernel(
     stream,
     scale,
     dim,
+    splits,
     tiles,
     predicted_stride,
     target_stride,
@@ -92,8 +93,8 @@ def partial_sums_kernel(
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_row = tl.program_id(1).to(tl.int64)
-    i_split = tl.program_id(0).to(tl.int64)
+    i_row = (tl.program_id(0) // splits).to(tl.int64)
+    i_split = (tl.program_id(0) % splits).to(tl.int64)
     squared = tl.zeros([BLOCK], tl.float32)
     absolute = tl.zeros([BLOCK], tl.float32)
     gap = tl.zeros([BLOCK], tl.float32)
@@ -113,13 +114,13 @@ def partial_sums_kernel(
             p_target, p_ids, i_row, first, o_element, m_element, target_stride, seed, stream, TARGET, BLOCK
         )
         error = tl.where(m_valid, predicted - target, 0.0)
-        squared += error * error
+        squared = tl.fma(error, error, squared)
         absolute += tl.abs(error)
         if ANCHORED:
             anchor = _anchor(p_ref, p_uncond, i_row, o_element, m_element, ref_stride, uncond_stride, scale, GUIDED)
             difference = tl.where(m_valid, predicted - anchor, 0.0)
-            gap += difference * difference
-    o_partial = (i_row * tl.num_programs(0) + i_split) * 3
+            gap = tl.fma(difference, difference, gap)
+    o_partial = (i_row * splits + i_split) * 3
     tl.store(p_partial + o_partial, tl.sum(squared))
     tl.store(p_partial + o_partial + 1, tl.sum(absolute))
     tl.store(p_partial + o_partial + 2, tl.sum(gap))
@@ -169,8 +170,8 @@ def grad_kernel(
     p_ref,
     p_uncond,
     p_mask,
-    p_grad_mse,  # (B,) float32: dL/dE
-    p_grad_kl,  # (B,) float32: dL/dK
+    p_grad_mse,  # (B,) float32: dL/dE; unused without HAS_ERROR
+    p_grad_kl,  # (B,) float32: dL/dK; unused without ANCHORED
     p_factor,
     p_count,
     p_grad,  # (B, D) contiguous
@@ -194,10 +195,12 @@ def grad_kernel(
     MASKED: tl.constexpr,
     SCALED: tl.constexpr,
     COUNTED: tl.constexpr,
+    HAS_ERROR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_row = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * BLOCK
+    blocks = tl.cdiv(dim, BLOCK)
+    i_row = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     o_element = first + tl.arange(0, BLOCK)
     m_element = o_element < dim
     count = tl.full([], 1.0, tl.float32) * dim
@@ -207,13 +210,19 @@ def grad_kernel(
     if SCALED:
         factor = tl.load(p_factor + i_row)
         common = common * factor * factor
-    error_weight = common * tl.load(p_grad_mse + i_row)
-    gap_weight = common * tl.load(p_grad_kl + i_row)
+    error_weight = tl.full([], 0.0, tl.float32)
+    if HAS_ERROR:
+        error_weight = common * tl.load(p_grad_mse + i_row)
     predicted = tl.load(p_predicted + i_row * predicted_stride + o_element, mask=m_element, other=0.0).to(tl.float32)
-    target = _target(p_target, p_ids, i_row, first, o_element, m_element, target_stride, seed, stream, TARGET, BLOCK)
+    grad = tl.zeros([BLOCK], tl.float32)
     # a weight of zero drops its term, whatever the tensors hold
-    grad = tl.where(error_weight != 0.0, error_weight * (predicted - target), 0.0)
+    if HAS_ERROR:
+        target = _target(
+            p_target, p_ids, i_row, first, o_element, m_element, target_stride, seed, stream, TARGET, BLOCK
+        )
+        grad = tl.where(error_weight != 0.0, error_weight * (predicted - target), 0.0)
     if ANCHORED:
+        gap_weight = common * tl.load(p_grad_kl + i_row)
         anchor = _anchor(p_ref, p_uncond, i_row, o_element, m_element, ref_stride, uncond_stride, scale, GUIDED)
         grad += tl.where(gap_weight != 0.0, gap_weight * (predicted - anchor), 0.0)
     if MASKED:
@@ -255,20 +264,22 @@ def residual_stats(
     None for all.
     """
     call = _Call(predicted, target, target_kind, sample_ids, seed, stream, ref, ref_uncond, guidance_scale, mask)
-    mse, mae, kl = (torch.zeros(call.batch, device=predicted.device) for _ in range(3))
+    mse, mae, kl = (torch.empty(call.batch, device=predicted.device) for _ in range(3))
     if call.batch == 0 or call.dim == 0:
-        return mse, mae, kl
+        return mse.zero_(), mae.zero_(), kl.zero_()
     config = reduction_config(call.batch, call.dim, processors_of(predicted.device))
     partial = torch.empty(call.batch, config.splits, 3, device=predicted.device)
-    partial_sums_kernel[(config.splits, call.batch)](
+    partial_sums_kernel[(call.batch * config.splits,)](
         *call.tensors,
         partial,
         *call.numbers,
+        config.splits,
         config.tiles,
         *call.strides,
         **call.flags,
         BLOCK=config.block,
         num_warps=config.warps,
+        **ROUNDING,
     )
     finalise_kernel[(call.batch,)](
         partial,
@@ -283,6 +294,7 @@ def residual_stats(
         COUNTED=count is not None,
         BLOCK=min(1024, max(16, triton.next_power_of_2(config.splits))),
         num_warps=1,
+        **ROUNDING,
     )
     return mse, mae, kl
 
@@ -300,10 +312,12 @@ def residual_grad(
     mask: torch.Tensor | None,
     factor: torch.Tensor | None,
     count: torch.Tensor | None,
-    grad_mse: torch.Tensor,
-    grad_kl: torch.Tensor,
+    grad_mse: torch.Tensor | None,
+    grad_kl: torch.Tensor | None,
 ) -> torch.Tensor:
-    """dL/dpredicted in its dtype and layout from dL/dE and dL/dK, (B,) float32, in one launch."""
+    """dL/dpredicted in its dtype and layout from dL/dE and dL/dK, (B,) float32 or None, in one launch."""
+    if grad_kl is None:
+        ref = ref_uncond = None  # the anchor is not read
     call = _Call(predicted, target, target_kind, sample_ids, seed, stream, ref, ref_uncond, guidance_scale, mask)
     out = torch.empty_like(predicted)
     if call.batch == 0 or call.dim == 0:
@@ -312,20 +326,22 @@ def residual_grad(
     direct = ordered.is_contiguous()
     rows = ordered if direct else torch.empty(ordered.shape, dtype=out.dtype, device=out.device)
     config = elementwise_config(call.dim)
-    grad_kernel[(triton.cdiv(call.dim, config.block), call.batch)](
+    grad_kernel[(call.batch * triton.cdiv(call.dim, config.block),)](
         *call.tensors,
-        grad_mse.contiguous(),
-        grad_kl.contiguous(),
-        grad_mse if factor is None else factor.contiguous(),
-        grad_mse if count is None else count.contiguous(),
+        predicted if grad_mse is None else grad_mse.contiguous(),
+        predicted if grad_kl is None else grad_kl.contiguous(),
+        predicted if factor is None else factor.contiguous(),
+        predicted if count is None else count.contiguous(),
         rows,
         *call.numbers,
         *call.strides,
         **call.flags,
         SCALED=factor is not None,
         COUNTED=count is not None,
+        HAS_ERROR=grad_mse is not None,
         BLOCK=config.block,
         num_warps=config.warps,
+        **ROUNDING,
     )
     if not direct:
         ordered.copy_(rows)

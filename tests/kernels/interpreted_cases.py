@@ -5,11 +5,14 @@ The interpreter is chosen when a kernel is decorated, so TRITON_INTERPRET=1 must
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from crd_fast import kernels, native, ops, reference
+from crd_fast import kernels, native, ops, reference, reference_objective
 from crd_fast.reference import ResidualInputs
+from crd_fast.reference_objective import ObjectiveInputs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (2, 63), (3, 1000), (1, 5000), (2, 3, 4, 5), (2, 9, 6)]
@@ -119,3 +122,80 @@ def test_dropped_and_masked_values_may_hold_anything():
     weights = torch.tensor([[0.5, 0.0, 1.0], [0.25, 0.0, 2.0]])
     grad = kernels.residual_grad(*arguments(dirty), *weights)
     assert not grad[1].any() and grad.isfinite().all()
+
+
+def test_a_slope_that_is_not_there_reads_nothing():
+    inputs = residual_case((2, 70), True, "v", torch.float32, True, True, None)
+    slope = torch.tensor([0.5, -1.0])
+    zero = torch.zeros(2)
+    anchorless = inputs._replace(ref=torch.full_like(inputs.ref, torch.nan))
+    assert torch.equal(
+        kernels.residual_grad(*arguments(anchorless), slope, None), kernels.residual_grad(*arguments(inputs), slope, zero)
+    )
+    targetless = inputs._replace(x0=torch.full_like(inputs.x0, torch.nan))
+    assert torch.equal(
+        kernels.residual_grad(*arguments(targetless), None, slope), kernels.residual_grad(*arguments(inputs), zero, slope)
+    )
+
+
+# --- the objective ------------------------------------------------------------------------------------------
+
+
+def objective_case(batch, *, grouped=True, weighted=False, gathered=0, dirty=False, **settings):
+    generator = torch.Generator().manual_seed(batch)
+    mse, mae, kl, old_mse, old_mae = (torch.rand(batch, generator=generator) + 0.1 for _ in range(5))
+    advantages = 3 * torch.randn(batch, generator=generator, dtype=torch.float64)
+    group_ids = 2**53 + torch.randint(0, 4, (batch,), generator=generator) if grouped else None
+    weights = kl_weights = member_ids = members = None
+    if weighted:
+        weights = torch.rand(batch, generator=generator).bfloat16() * (torch.rand(batch, generator=generator) < 0.6)
+        kl_weights = torch.rand(batch, generator=generator) * (torch.rand(batch, generator=generator) < 0.6)
+    if gathered:
+        own = torch.zeros(batch, dtype=torch.int64) if group_ids is None else group_ids
+        member_ids = torch.cat((own, 2**53 + torch.randint(0, 5, (gathered,), generator=generator)))
+        drawn = torch.rand(3, len(member_ids), generator=generator)
+        members = torch.stack((drawn[0], drawn[1] - 0.5, (drawn[2] < 0.8).float()))
+    if dirty:
+        for vector in (mse, mae, kl, old_mse, old_mae, advantages):
+            vector[weights == 0] = torch.nan
+    chosen = {
+        "beta": 2.0,
+        "kl_coef": 0.1,
+        "adv_clip": 5.0,
+        "adaptive_weight": True,
+        "adaptive_kl": True,
+        "temperature": math.inf,
+        "loss_type": "mse",
+        "reduction": "mean",
+        **settings,
+    }
+    return ObjectiveInputs(
+        mse, mae, kl, old_mse, old_mae, advantages, group_ids, weights, kl_weights, member_ids, members, **chosen
+    )
+
+
+OBJECTIVES = [
+    objective_case(1),
+    objective_case(7, grouped=False, loss_type="bce", reduction="sum"),
+    objective_case(24, weighted=True, dirty=True, temperature=0.5, reduction="none"),
+    objective_case(100, weighted=True, dirty=True, temperature=0.0, adaptive_weight=False),
+    objective_case(40, gathered=90, temperature=0.02, loss_type="bce"),
+    objective_case(20, grouped=False, gathered=70, weighted=True, kl_coef=0.0),
+    objective_case(33, gathered=10, temperature=0.0, adaptive_kl=False, adv_clip=0.5, reduction="none"),
+    objective_case(130, adaptive_kl=False),
+]
+
+
+@pytest.mark.parametrize("index", range(len(OBJECTIVES)))
+def test_objective_equals_fp64_formulas(index):
+    inputs = OBJECTIVES[index]
+    doubled = inputs._replace(
+        **{n: v.double() for n, v in inputs._asdict().items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    )
+    truth = reference_objective.objective(doubled)
+    eager = reference_objective.objective(inputs)
+    for name, got, exact, rounded in zip(truth._fields, kernels.objective(*inputs), truth, eager, strict=True):
+        assert got.dtype == torch.float32 and got.shape == exact.shape
+        # no more than twice the error of the same formulas in fp32, and 1e-6 of the size of what is added up
+        allowed = 2 * (rounded - exact).abs().max() + 1e-6 * (1 + exact.abs().max())
+        assert (got - exact).abs().max() <= allowed, name

@@ -32,7 +32,19 @@ def residual(dtype, target, **others):
 
 
 def grad(dtype, target, **others):
-    return residual(dtype, target, p_grad=f"*{dtype}", SCALED=False, COUNTED=False, **others)
+    return residual(dtype, target, p_grad=f"*{dtype}", SCALED=False, COUNTED=False, HAS_ERROR=True, **others)
+
+
+OBJECTIVE = {
+    **dict.fromkeys(("beta", "kl_coef", "clip", "inverse_temperature"), "fp32"),
+    **dict.fromkeys(("p_group_ids", "p_member_ids"), "*i64"),
+    **dict.fromkeys(("GROUPED", "WEIGHTED", "KL_WEIGHTED", "ADAPTIVE", "ADAPTIVE_KL", "ANCHORED"), True),
+    "REDUCTION": 2,
+}
+
+
+def samples(centering, gathered):
+    return {**OBJECTIVE, "CENTERING": centering, "GATHERED": gathered, "BCE": centering == 1, "ROWS": 16, "BLOCK": 64}
 
 
 # name -> (module, kernel, the arguments that are not fp32 pointers or int32 numbers)
@@ -46,6 +58,10 @@ KERNELS = {
     "finalise": ("residual", "finalise_kernel", {"SCALED": False, "COUNTED": False, "BLOCK": 256}),
     "grad bf16 seeded": ("residual", "grad_kernel", grad("bf16", VELOCITY)),
     "grad fp32 given": ("residual", "grad_kernel", grad("fp32", TENSOR)),
+    "objective uniform": ("objective", "samples_kernel", samples(0, False)),
+    "objective softmax": ("objective", "samples_kernel", samples(1, True)),
+    "objective hard": ("objective", "samples_kernel", samples(2, False)),
+    "objective totals": ("objective", "totals_kernel", OBJECTIVE),
 }
 
 
@@ -54,6 +70,7 @@ def compiled(name, architecture):
     module, kernel_name, special = KERNELS[name]
     kernel = getattr(importlib.import_module(f"crd_fast.kernels.{module}"), kernel_name)
     special = {"p_ids": "*i64", "seed": "i64", "stream": "i32", "BLOCK": 1024} | special
+    rounding = importlib.import_module("crd_fast.kernels.configs").ROUNDING
     signature, constants, attributes = {}, {}, {}
     for index, argument in enumerate(kernel.arg_names):
         given = special.get(argument, "*fp32" if argument.startswith("p_") else "i32")
@@ -64,7 +81,7 @@ def compiled(name, architecture):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
     target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": 4}).asm
+    return triton.compile(source, target=target, options={"num_warps": 4, **rounding}).asm
 
 
 def cuobjdump(option, cubin, folder):
@@ -83,7 +100,7 @@ def test_no_spills(name, architecture, tmp_path):
     assert "LOCAL:0 " in usage, usage
     sass = cuobjdump("-sass", asm["cubin"], tmp_path)
     assert not re.findall(r"\b(?:LDL|STL)\b", sass)
-    if "masked" in name or name == "finalise":
+    if "masked" in name or "objective" in name or name == "finalise":
         return
     wide = re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", sass)
     # 1024 elements in 128 threads: 8 a thread, one 16-byte load of bf16 and two of fp32 for each latent-sized tensor
