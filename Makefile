@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench kernels lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/crd-fast train recipes/shapes.yaml $(ARGS)
@@ -17,6 +17,10 @@ test: lint
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.tables --require $(ARGS)
+
+# Registers, spills and access widths of every Triton kernel, compiled without a GPU.
+kernels: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.compiled_kernels $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

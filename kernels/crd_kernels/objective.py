@@ -51,7 +51,7 @@ def _reward(
     p_mse, p_mae, p_old_mse, p_old_mae, p_advantages, p_weights, i, m, clip,
     WEIGHTED: tl.constexpr, ADAPTIVE: tl.constexpr,
 ):  # fmt: skip
-    """Whether samples i count, their mapped reward, implicit reward and its slope in E. What is left out is not read."""
+    """Whether samples i count, their mapped and implicit reward and its slope in E. What is left out is not read."""
     weight = _vector(p_weights, i, m, WEIGHTED)
     active = m & (weight != 0.0)
     mse = tl.load(p_mse + i, mask=active, other=0.0)

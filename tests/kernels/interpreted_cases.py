@@ -129,13 +129,12 @@ def test_a_slope_that_is_not_there_reads_nothing():
     slope = torch.tensor([0.5, -1.0])
     zero = torch.zeros(2)
     anchorless = inputs._replace(ref=torch.full_like(inputs.ref, torch.nan))
-    assert torch.equal(
-        kernels.residual_grad(*arguments(anchorless), slope, None), kernels.residual_grad(*arguments(inputs), slope, zero)
-    )
+    without, with_zero = (slope, None), (slope, zero)
+    expected = kernels.residual_grad(*arguments(inputs), *with_zero)
+    assert torch.equal(kernels.residual_grad(*arguments(anchorless), *without), expected)
     targetless = inputs._replace(x0=torch.full_like(inputs.x0, torch.nan))
-    assert torch.equal(
-        kernels.residual_grad(*arguments(targetless), None, slope), kernels.residual_grad(*arguments(inputs), zero, slope)
-    )
+    expected = kernels.residual_grad(*arguments(inputs), *reversed(with_zero))
+    assert torch.equal(kernels.residual_grad(*arguments(targetless), *reversed(without)), expected)
 
 
 # --- the objective ------------------------------------------------------------------------------------------
