@@ -22,14 +22,16 @@ ARCHITECTURES = (80, 90, 100)
 WARPS = 4
 TENSOR, VELOCITY = 0, 1  # crd_fast/kernels/residual.py
 
-_RESIDUAL = {"ANCHORED": True, "GUIDED": True, "MASKED": False}
-_GRAD = {"SCALED": False, "COUNTED": False, "HAS_ERROR": True}
+_RESIDUAL = {"ANCHORED": True, "GUIDED": True, "MASKED": False, "HAS_OLD": False}
+_WITH_OLD = {**_RESIDUAL, "HAS_OLD": True}
+_WHOLE = {"SCALED": False, "COUNTED": False}
+_GRAD = {**_WHOLE, "HAS_ERROR": True, "HAS_UPSTREAM": True, "UPSTREAM_PER_SAMPLE": False}
 _OBJECTIVE = {
     **dict.fromkeys(("beta", "kl_coef", "clip", "inverse_temperature"), "fp32"),
     **dict.fromkeys(("GROUPED", "WEIGHTED", "KL_WEIGHTED", "ADAPTIVE", "ADAPTIVE_KL", "ANCHORED"), True),
     "REDUCTION": 2,
 }
-_LATENTS = ("p_x0", "p_out", "p_predicted", "p_target", "p_ref", "p_uncond", "p_grad")
+_LATENTS = ("p_x0", "p_out", "p_predicted", "p_old", "p_target", "p_ref", "p_uncond", "p_grad")
 _COMMON = {
     **dict.fromkeys(("p_ids", "p_group_ids", "p_member_ids"), "*i64"),
     "p_mask": "*u8",
@@ -67,11 +69,12 @@ KERNELS = (
     Kernel("noise fp32", "noise", "noise_kernel", {"HAS_X0": True}, "fp32", (1, 1)),
     Kernel("epsilon fp32", "noise", "noise_kernel", {"HAS_X0": False}, "fp32", (0, 1)),
     Kernel("sums bf16 seeded", "residual", "partial_sums_kernel", {**_RESIDUAL, "TARGET": VELOCITY}, "bf16", (4, 0)),
+    Kernel("sums bf16 with old", "residual", "partial_sums_kernel", {**_WITH_OLD, "TARGET": TENSOR}, "bf16", (5, 0)),
     Kernel("sums fp32 given", "residual", "partial_sums_kernel", {**_RESIDUAL, "TARGET": TENSOR}, "fp32", (4, 0)),
     Kernel(
         "sums bf16 masked", "residual", "partial_sums_kernel", {**_RESIDUAL, "TARGET": VELOCITY, "MASKED": True}, "bf16"
     ),
-    Kernel("finalise", "residual", "finalise_kernel", {"SCALED": False, "COUNTED": False, "BLOCK": 256}),
+    Kernel("finalise", "residual", "finalise_kernel", {**_WHOLE, "HAS_OLD": True, "BLOCK": 256}),
     Kernel("grad bf16 seeded", "residual", "grad_kernel", {**_RESIDUAL, **_GRAD, "TARGET": VELOCITY}, "bf16", (4, 1)),
     Kernel("grad fp32 given", "residual", "grad_kernel", {**_RESIDUAL, **_GRAD, "TARGET": TENSOR}, "fp32", (4, 1)),
     _samples("objective uniform", 0, False, False),

@@ -57,6 +57,7 @@ def residual_cases(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> l
             guidance_scale=4.5,
             mask=None if mask is None else mask.to(device),
             prediction=prediction or "v",
+            old=tensor() if masked == seeded else None,
         )
         cases.append((f"{shape} {dtype} {prediction or 'tensor'}{' masked' if masked else ''}", inputs))
     return cases
@@ -80,10 +81,12 @@ def check_kernels(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> li
         weights = torch.rand(2, len(inputs.predicted), device=device)
         doubled = inputs._replace(predicted=inputs.predicted.double())
         statistics, again = ops.residual_stats(*inputs), ops.residual_stats(*inputs)
-        for label, value, twice, truth in zip("EMK", statistics, again, reference.residual_stats(doubled), strict=True):
+        labels = ("E", "M", "K", "old E", "old M")
+        formulas = reference.residual_stats(doubled)
+        for label, value, twice, truth in zip(labels, statistics, again, formulas, strict=True):
             require(torch.allclose(value.double(), truth, rtol=2e-5, atol=1e-7), f"{label} {name}")
             require(torch.equal(value, twice), f"{label} {name}: not the same twice")
-        gradient = ops.residual_grad(*inputs, *weights)
+        gradient = ops.residual_grad(*inputs, *weights, None)
         truth = reference.residual_grad(doubled, *weights.double())
         eps = torch.finfo(gradient.dtype).eps
         bound = eps * truth.abs() + 1e-5 * truth.abs().flatten(1).amax(1).view(-1, *(1,) * (truth.ndim - 1))

@@ -14,6 +14,7 @@ def noise(
 ) -> None: ...
 def residual_stats(
     predicted: _Rows,
+    old: _Rows | None,
     target_kind: int,
     target: _Rows | None,
     sample_ids: int,
@@ -30,6 +31,8 @@ def residual_stats(
     mse: int,
     mae: int,
     kl: int,
+    old_mse: int,
+    old_mae: int,
     threads: int,
 ) -> None: ...
 def residual_grad(
@@ -49,6 +52,8 @@ def residual_grad(
     dim: int,
     grad_mse: int,
     grad_kl: int,
+    upstream: int,
+    upstream_per_sample: bool,
     grad: _Rows,
     threads: int,
 ) -> None: ...

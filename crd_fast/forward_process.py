@@ -124,7 +124,7 @@ def residual_stats(
     Raises:
         ValueError: shape, dtype or device mismatch, or a prediction type that cannot be converted.
     """
-    mse, mae, _ = ops.residual_stats(*residual_inputs("predicted", predicted, target, mask, prediction))
+    mse, mae, *_ = ops.residual_stats(*residual_inputs("predicted", predicted, target, mask, prediction))
     return ResidualStats(mse, mae)
 
 
@@ -138,6 +138,7 @@ def residual_inputs(
     ref: Tensor | None = None,
     ref_uncond: Tensor | None = None,
     guidance_scale: float = 1.0,
+    old: Tensor | None = None,
 ) -> ResidualInputs:
     """Checked arguments of the residual ops. `name` is what the caller's user calls `predicted`."""
     checks.require_latents(name, predicted)
@@ -160,9 +161,9 @@ def residual_inputs(
                 "pass the Noised of crd_fast.noise, or convert the predictions to velocity and use "
                 "prediction='v'"
             )
-    for ref_name, anchor in (("ref", ref), ("ref_uncond", ref_uncond)):
-        if anchor is not None:
-            checks.require_like(ref_name, anchor, name, predicted)
+    for other_name, other in (("ref", ref), ("ref_uncond", ref_uncond), ("old", old)):
+        if other is not None:
+            checks.require_like(other_name, other, name, predicted)
     return ResidualInputs(
         predicted=predicted,
         target=velocity,
@@ -176,6 +177,7 @@ def residual_inputs(
         guidance_scale=float(guidance_scale),
         mask=None if mask is None else checks.require_mask(mask, predicted),
         prediction=prediction,
+        old=None if old is None else old.detach(),
     )
 
 

@@ -97,10 +97,8 @@ def epsilon(sample_ids: Tensor, seed: int, stream: int, out: Tensor) -> None:
     )
 
 
-def residual_stats(
-    inputs: ResidualInputs, factor: Tensor | None, count: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """E, M and K of every sample, (B,) float32 each.
+def residual_stats(inputs: ResidualInputs, factor: Tensor | None, count: Tensor | None) -> tuple[Tensor, ...]:
+    """E, M, K and the E and M of `old`, (B,) float32 each, the last two (0,) without it.
 
     factor, count: (B,) float64, contiguous, the velocity factor and the number of valid elements; None for 1 and all.
 
@@ -109,19 +107,21 @@ def residual_stats(
         ValueError: a tensor has another device, dtype or shape.
     """
     batch, dim = _sizes("predicted", inputs.predicted)
-    mse, mae, kl = torch.empty(batch), torch.empty(batch), torch.empty(batch)
+    of_old = 0 if inputs.old is None else batch
+    stats = tuple(torch.empty(size) for size in (batch, batch, batch, of_old, of_old))
+    predicted, *rest = _residual_arguments(inputs)
     extension().residual_stats(
-        *_residual_arguments(inputs),
+        predicted,
+        None if inputs.old is None else _rows("old", _ordered(inputs, inputs.old), _ordered(inputs, inputs.predicted)),
+        *rest,
         _optional_vector("factor", factor, batch, torch.float64),
         _optional_vector("count", count, batch, torch.float64),
         batch,
         dim,
-        mse.data_ptr(),
-        mae.data_ptr(),
-        kl.data_ptr(),
+        *(tensor.data_ptr() for tensor in stats),
         torch.get_num_threads(),
     )
-    return mse, mae, kl
+    return stats
 
 
 def residual_grad(
@@ -130,14 +130,19 @@ def residual_grad(
     count: Tensor | None,
     grad_mse: Tensor | None,
     grad_kl: Tensor | None,
+    upstream: Tensor | None,
     out: Tensor,
 ) -> None:
     """Writes dL/dpredicted into `out`, zero where the mask is.
 
     grad_mse, grad_kl: (B,) float32, contiguous, dL/dE and dL/dK, or None for none; a slope of zero drops its term.
-    out: like `predicted`, any layout. factor, count and errors as in `residual_stats`.
+    upstream: () or (B,) float32, contiguous, multiplies both, or None for 1. out: like `predicted`, any layout. factor,
+    count and errors as in `residual_stats`.
     """
     batch, dim = _sizes("predicted", inputs.predicted)
+    scalar = upstream is not None and upstream.dim() == 0
+    if upstream is not None and scalar:
+        upstream = upstream.view(1)
     extension().residual_grad(
         *_residual_arguments(inputs),
         _optional_vector("factor", factor, batch, torch.float64),
@@ -146,6 +151,8 @@ def residual_grad(
         dim,
         _optional_vector("grad_mse", grad_mse, batch, torch.float32),
         _optional_vector("grad_kl", grad_kl, batch, torch.float32),
+        _optional_vector("upstream", upstream, 1 if scalar else batch, torch.float32),
+        not scalar,
         _rows("grad", _ordered(inputs, out), _ordered(inputs, inputs.predicted)),
         torch.get_num_threads(),
     )

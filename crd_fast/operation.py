@@ -49,24 +49,35 @@ class Operation:
         Raises:
             TransformError: inside torch.func (grad, vjp, jvp, vmap, ...) or forward-mode differentiation.
         """
-        if torch.compiler.is_compiling():
+        if not self._is_straight(arguments):
             return self.registered(*arguments)
-        _refuse_transforms(arguments[0])
         device = arguments[0].device.type
-        if device not in self.kernels or _someone_listens():
-            return self.registered(*arguments)
-        differentiated = False
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                if type(argument) not in PLAIN_TYPES:
-                    return self.registered(*arguments)
-                differentiated |= argument.requires_grad
-        if not differentiated or not torch.is_grad_enabled():
+        if not _is_differentiated(arguments):
             return self.kernels[device](*arguments)
         if device in self.functions:
             chosen = (arguments[place] for place in self.differentiable)
             return self.functions[device].apply(arguments, *chosen)
         return self.registered(*arguments)  # raises on the way back that it has no formula
+
+    def is_differentiated_straight(self, *arguments: Any) -> bool:
+        """Whether a call with these arguments would skip the dispatcher and make a node of the graph.
+
+        Raises:
+            TransformError: as a call would.
+        """
+        return self._is_straight(arguments) and _is_differentiated(arguments)
+
+    def _is_straight(self, arguments: tuple[Any, ...]) -> bool:
+        if torch.compiler.is_compiling():
+            return False
+        _refuse_transforms(arguments[0])
+        if arguments[0].device.type not in self.kernels or _someone_listens():
+            return False
+        return all(not isinstance(argument, Tensor) or type(argument) in PLAIN_TYPES for argument in arguments)
+
+
+def _is_differentiated(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
 
 def _someone_listens() -> bool:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,8 +41,9 @@ BACKENDS = ("auto", "reference")
 
 _RESIDUAL_ARGUMENTS = (
     "Tensor predicted, Tensor? target, Tensor? x0, Tensor? sigma, Tensor? sample_ids, SymInt seed, "
-    "SymInt stream, Tensor? ref, Tensor? ref_uncond, float guidance_scale, Tensor? mask, str prediction"
+    "SymInt stream, Tensor? ref, Tensor? ref_uncond, float guidance_scale, Tensor? mask, str prediction, Tensor? old"
 )
+_STATISTICS = "Tensor mse, Tensor mae, Tensor kl, Tensor old_mse, Tensor old_mae"
 
 
 def signed_seed(seed: int) -> int:
@@ -70,7 +71,7 @@ def _triton() -> ModuleType:
 
 
 def _compiled_residual(inputs: ResidualInputs) -> bool:
-    latents = (inputs.predicted, inputs.target, inputs.x0, inputs.ref, inputs.ref_uncond)
+    latents = (inputs.predicted, inputs.target, inputs.x0, inputs.ref, inputs.ref_uncond, inputs.old)
     return _compiled(*(tensor.dtype for tensor in latents if tensor is not None))
 
 
@@ -166,15 +167,16 @@ epsilon = Operation(_epsilon_op, {"cpu": _epsilon_cpu, "cuda": _epsilon_cuda})
 @torch.library.custom_op(
     "crd_fast::residual_stats",
     mutates_args=(),
-    schema=f"({_RESIDUAL_ARGUMENTS}) -> (Tensor mse, Tensor mae, Tensor kl)",
+    schema=f"({_RESIDUAL_ARGUMENTS}) -> ({_STATISTICS})",
 )
-def _residual_stats_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """E, M, K, each (B,), of `ResidualInputs`; differentiable in `predicted` alone, through E and K."""
+def _residual_stats_op(*arguments: Any) -> tuple[Tensor, ...]:
+    """E, M, K of `ResidualInputs`, each (B,), and E and M of its `old`; differentiable in `predicted` alone, through E
+    and K."""
     return reference.residual_stats(ResidualInputs(*arguments))
 
 
 @_residual_stats_op.register_kernel("cpu")
-def _residual_stats_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _residual_stats_cpu(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = _dense_ids(ResidualInputs(*arguments))
     if not _compiled_residual(inputs):
         return reference.residual_stats(inputs)
@@ -182,41 +184,44 @@ def _residual_stats_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_residual_stats_op.register_kernel("cuda")
-def _residual_stats_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _residual_stats_cuda(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = ResidualInputs(*arguments)
     if not _compiled_residual(inputs):
         return reference.residual_stats(inputs)
-    mse, mae, kl = _triton().residual_stats(*_triton_arguments(inputs))
-    return mse, mae, kl
+    return tuple(_triton().residual_stats(*_triton_arguments(inputs), inputs.old))
 
 
 @_residual_stats_op.register_fake
-def _residual_stats_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _residual_stats_fake(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = ResidualInputs(*arguments)
-    shape, dtype = (inputs.predicted.shape[0],), reference.statistics_dtype(inputs)
-    mse, mae, kl = (inputs.predicted.new_empty(shape, dtype=dtype) for _ in range(3))
-    return mse, mae, kl
+    batch, dtype = inputs.predicted.shape[0], reference.statistics_dtype(inputs)
+    of_old = 0 if inputs.old is None else batch
+    return tuple(inputs.predicted.new_empty(size, dtype=dtype) for size in (batch, batch, batch, of_old, of_old))
 
 
 @torch.library.custom_op(
     "crd_fast::residual_grad",
     mutates_args=(),
-    schema=f"({_RESIDUAL_ARGUMENTS}, Tensor? grad_mse, Tensor? grad_kl) -> Tensor",
+    schema=f"({_RESIDUAL_ARGUMENTS}, Tensor? grad_mse, Tensor? grad_kl, Tensor? upstream) -> Tensor",
 )
 def _residual_grad_op(*arguments: Any) -> Tensor:
-    """dL/dpredicted from dL/dE and dL/dK, each (B,) or None; shape, dtype and layout of `predicted`."""
-    *inputs, grad_mse, grad_kl = arguments
-    return reference.residual_grad(ResidualInputs(*inputs), grad_mse, grad_kl)
+    """dL/dpredicted from dL/dE and dL/dK, each (B,) or None, times upstream, (), (B,) or None.
+
+    Shape, dtype and layout are those of `predicted`; `old` has no part in it.
+    """
+    *inputs, grad_mse, grad_kl, upstream = arguments
+    return reference.residual_grad(ResidualInputs(*inputs), grad_mse, grad_kl, upstream)
 
 
 @_residual_grad_op.register_kernel("cpu")
 def _residual_grad_cpu(*arguments: Any) -> Tensor:
-    *shared, grad_mse, grad_kl = arguments
+    *shared, grad_mse, grad_kl, upstream = arguments
     inputs = _dense_ids(ResidualInputs(*shared))
     if not _compiled_residual(inputs):
-        return reference.residual_grad(inputs, grad_mse, grad_kl)
+        return reference.residual_grad(inputs, grad_mse, grad_kl, upstream)
     out = torch.empty_like(inputs.predicted)
-    native.residual_grad(inputs, *_scales(inputs, torch.float64), _slope(grad_mse), _slope(grad_kl), out)
+    slopes = (_slope(grad_mse), _slope(grad_kl), _slope(upstream))
+    native.residual_grad(inputs, *_scales(inputs, torch.float64), *slopes, out)
     return out
 
 
@@ -241,11 +246,11 @@ def _dense_ids(inputs: ResidualInputs) -> ResidualInputs:
 
 @_residual_grad_op.register_kernel("cuda")
 def _residual_grad_cuda(*arguments: Any) -> Tensor:
-    *shared, grad_mse, grad_kl = arguments
+    *shared, grad_mse, grad_kl, upstream = arguments
     inputs = ResidualInputs(*shared)
     if not _compiled_residual(inputs):
-        return reference.residual_grad(inputs, grad_mse, grad_kl)
-    return _triton().residual_grad(*_triton_arguments(inputs), _slope(grad_mse), _slope(grad_kl))
+        return reference.residual_grad(inputs, grad_mse, grad_kl, upstream)
+    return _triton().residual_grad(*_triton_arguments(inputs), _slope(grad_mse), _slope(grad_kl), _slope(upstream))
 
 
 def _triton_arguments(inputs: ResidualInputs) -> tuple[Any, ...]:
@@ -279,44 +284,35 @@ def _residual_grad_fake(*arguments: Any) -> Tensor:
 residual_grad = Operation(_residual_grad_op, {"cpu": _residual_grad_cpu, "cuda": _residual_grad_cuda})
 
 
-def _residual_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+_SAVED = ("predicted", "target", "x0", "sigma", "sample_ids", "ref", "ref_uncond", "mask")
+
+
+def _save(ctx: Any, inputs: ResidualInputs, *others: Tensor) -> None:
+    """What the gradient needs: everything but `old`."""
+    ctx.save_for_backward(*(getattr(inputs, name) for name in _SAVED), *others)
+    nothing: dict[str, Any] = dict.fromkeys((*_SAVED, "old"))
+    ctx.numbers = inputs._replace(**nothing)
+
+
+def _saved(ctx: Any) -> tuple[ResidualInputs, Sequence[Tensor]]:
+    tensors = ctx.saved_tensors
+    inputs = ctx.numbers._replace(**dict(zip(_SAVED, tensors, strict=False)))
+    return inputs, tensors[len(_SAVED) :]
+
+
+def _residual_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given = ResidualInputs(*inputs)
-    ctx.save_for_backward(
-        given.predicted,
-        given.target,
-        given.x0,
-        given.sigma,
-        given.sample_ids,
-        given.ref,
-        given.ref_uncond,
-        given.mask,
-    )
-    ctx.numbers = (given.seed, given.stream, given.guidance_scale, given.prediction)
-    ctx.mark_non_differentiable(output[1])
+    _save(ctx, given)
+    ctx.mark_non_differentiable(output[1], output[3], output[4])
     ctx.set_materialize_grads(False)
 
 
 def _residual_backward(
-    ctx: Any, grad_mse: Tensor | None, grad_mae: None, grad_kl: Tensor | None
+    ctx: Any, grad_mse: Tensor | None, grad_mae: None, grad_kl: Tensor | None, *of_old: None
 ) -> tuple[Tensor | None, ...]:
-    predicted, target, x0, sigma, sample_ids, ref, ref_uncond, mask = ctx.saved_tensors
-    seed, stream, guidance_scale, prediction = ctx.numbers
-    inputs = ResidualInputs(
-        predicted,
-        target,
-        x0,
-        sigma,
-        sample_ids,
-        seed,
-        stream,
-        ref,
-        ref_uncond,
-        guidance_scale,
-        mask,
-        prediction,
-    )
+    inputs, _ = _saved(ctx)
     unused = grad_mse is None and grad_kl is None
-    grad = None if unused else residual_grad(*inputs, grad_mse, grad_kl)
+    grad = None if unused else residual_grad(*inputs, grad_mse, grad_kl, None)
     return grad, *(None,) * (len(inputs) - 1)
 
 
@@ -406,3 +402,40 @@ objective = Operation(
     _objective_backward,
     differentiable=(0, 2),
 )
+
+
+# --- from predictions to the loss ---------------------------------------------------------------------------
+
+
+Between = Callable[[Sequence[Tensor]], ObjectiveInputs]
+"""What a loss does with residual statistics before the objective: adds its (B,) inputs, asks other ranks."""
+
+
+def objective_of_predictions(inputs: ResidualInputs, between: Between) -> Any:
+    """`objective(*between(residual_stats(*inputs)))`, differentiable in `predicted`.
+
+    In plain eager mode the two are one node of the graph, whose gradient is a single call.
+    """
+    if residual_stats.is_differentiated_straight(*inputs):
+        return _ObjectiveOfPredictions.apply(inputs.predicted, inputs, between)
+    return objective(*between(residual_stats(*inputs)))
+
+
+class _ObjectiveOfPredictions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, predicted: Tensor, inputs: ResidualInputs, between: Between) -> tuple[Tensor, ...]:
+        given = between(residual_stats(*inputs))
+        loss, parts, samples, slopes, metrics = objective(*given)
+        ctx.anchored = given.kl_coef != 0
+        _save(ctx, inputs, slopes)
+        ctx.mark_non_differentiable(parts, samples, slopes, metrics)
+        ctx.set_materialize_grads(False)
+        return loss, parts, samples, slopes, metrics
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *others: None) -> tuple[Tensor | None, None, None]:
+        if grad_loss is None:
+            return None, None, None
+        inputs, (slopes,) = _saved(ctx)
+        kl_slope = slopes[1] if ctx.anchored else None
+        return residual_grad(*inputs, slopes[0], kl_slope, grad_loss), None, None

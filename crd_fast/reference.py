@@ -37,7 +37,8 @@ class ResidualInputs(NamedTuple):
     x0 (B, *latent), sigma (B,), sample_ids (B,) int64, seed (two's-complement int64) and stream, from which
     eps is regenerated. ref, ref_uncond (B, *latent) or None: the anchor u + guidance_scale (c - u), or ref
     alone when ref_uncond is None. mask: bool, as many dimensions as predicted, broadcastable to it, or None.
-    prediction: what predicted (and ref) is, "v", "x0" or "eps"; the last two need sigma.
+    prediction: what predicted (and ref, and old) is, "v", "x0" or "eps"; the last two need sigma. old (B, *latent): a
+    second prediction of the same target, whose E and M are wanted too, or None.
     """
 
     predicted: torch.Tensor
@@ -52,6 +53,7 @@ class ResidualInputs(NamedTuple):
     guidance_scale: float
     mask: torch.Tensor | None
     prediction: str
+    old: torch.Tensor | None = None
 
     def rows(self, start: int, stop: int) -> ResidualInputs:
         """The inputs of samples start..stop-1."""
@@ -62,6 +64,7 @@ class ResidualInputs(NamedTuple):
         mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[start:stop]
         return self._replace(
             predicted=self.predicted[start:stop],
+            old=cut(self.old),
             target=cut(self.target),
             x0=cut(self.x0),
             sigma=cut(self.sigma),
@@ -162,7 +165,7 @@ def noise(
 
 def statistics_dtype(inputs: ResidualInputs) -> torch.dtype:
     """float64 when one of the predictions is, else float32: half precision is never accumulated in."""
-    predictions = (inputs.predicted, inputs.ref, inputs.ref_uncond)
+    predictions = (inputs.predicted, inputs.ref, inputs.ref_uncond, inputs.old)
     doubled = any(tensor is not None and tensor.dtype == torch.float64 for tensor in predictions)
     return torch.float64 if doubled else torch.float32
 
@@ -180,35 +183,59 @@ def velocity_factor(sigma: torch.Tensor, prediction: str) -> torch.Tensor:
     return torch.ones_like(sigma)
 
 
-def residual_stats(inputs: ResidualInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """E, M and K of every sample, each (B,) in `statistics_dtype`; K is zero without a reference.
+def residual_stats(inputs: ResidualInputs) -> tuple[torch.Tensor, ...]:
+    """E, M, K and the E and M of `old`, each (B,) in `statistics_dtype`; K is zero without a reference, and what is of
+    `old` is (0,) without it.
 
     Means run over the valid elements of a sample; a sample without any has E = M = K = 0.
     """
     dtype = statistics_dtype(inputs)
-    batch = inputs.predicted.shape[0]
-    mse, mae, kl = (torch.zeros(batch, dtype=dtype, device=inputs.predicted.device) for _ in range(3))
+    batch, device = inputs.predicted.shape[0], inputs.predicted.device
+    mse, mae, kl = (torch.zeros(batch, dtype=dtype, device=device) for _ in range(3))
+    old_mse, old_mae = (torch.zeros(0 if inputs.old is None else batch, dtype=dtype, device=device) for _ in range(2))
     for start, stop in _row_ranges(batch, inputs.predicted[0].numel()):
         rows = inputs.rows(start, stop)
         factor, count = factor_and_count(rows, dtype)  # (rows,), (rows,)
-        error = _masked(rows.predicted.to(dtype) - _target(rows, dtype), rows.mask).flatten(1)  # (rows, D)
-        mse[start:stop] = factor.square() * error.square().sum(1) / count
-        mae[start:stop] = factor * error.abs().sum(1) / count
+        target = _target(rows, dtype)
+
+        def squared(difference: torch.Tensor, rows: ResidualInputs = rows) -> torch.Tensor:
+            return _masked(difference, rows.mask).flatten(1).square().sum(1)
+
+        def absolute(difference: torch.Tensor, rows: ResidualInputs = rows) -> torch.Tensor:
+            return _masked(difference, rows.mask).flatten(1).abs().sum(1)
+
+        error = rows.predicted.to(dtype) - target
+        mse[start:stop] = factor.square() * squared(error) / count
+        mae[start:stop] = factor * absolute(error) / count
+        if rows.old is not None:
+            old_error = rows.old.to(dtype) - target
+            old_mse[start:stop] = factor.square() * squared(old_error) / count
+            old_mae[start:stop] = factor * absolute(old_error) / count
         anchor = _anchor(rows, dtype)
         if anchor is not None:
-            gap = _masked(rows.predicted.to(dtype) - anchor, rows.mask).flatten(1)  # (rows, D)
-            kl[start:stop] = factor.square() * gap.square().sum(1) / count
-    return mse, mae, kl
+            kl[start:stop] = factor.square() * squared(rows.predicted.to(dtype) - anchor) / count
+    return mse, mae, kl, old_mse, old_mae
 
 
-def residual_grad(inputs: ResidualInputs, grad_mse: torch.Tensor | None, grad_kl: torch.Tensor | None) -> torch.Tensor:
+def residual_grad(
+    inputs: ResidualInputs,
+    grad_mse: torch.Tensor | None,
+    grad_kl: torch.Tensor | None,
+    upstream: torch.Tensor | None = None,
+) -> torch.Tensor:
     """dL/df = (2/D) factor^2 [ dL/dE (f - y) + dL/dK (f - f_ref) ] in shape, dtype and layout of `predicted`.
 
-    grad_mse, grad_kl: (B,) or None for zero. A coefficient of exactly zero drops its term, so that samples taken out
-    of the loss get a zero gradient even where their predictions are not finite.
+    grad_mse, grad_kl: (B,) or None for zero. upstream: () or (B,), multiplies both, or None for 1. A coefficient of
+    exactly zero drops its term, so that samples taken out of the loss get a zero gradient even where their predictions
+    are not finite.
     """
     dtype = statistics_dtype(inputs)
     out = torch.empty_like(inputs.predicted)
+    if upstream is not None:
+        # not NaN where upstream is infinite, as it is when a gradient scaler overflows
+        grad_mse, grad_kl = (
+            None if slope is None else torch.where(slope == 0, 0.0, slope * upstream) for slope in (grad_mse, grad_kl)
+        )
     for start, stop in _row_ranges(out.shape[0], inputs.predicted[0].numel()):
         rows = inputs.rows(start, stop)
         predicted = rows.predicted.to(dtype)

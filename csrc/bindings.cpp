@@ -112,7 +112,7 @@ void noise(const std::optional<Tensor>& x0, const Tensor& out, Address sigma, Ad
 }
 
 // `sample_ids` is looked at when the target is made from the seed.
-crd::ResidualArgs residual_args(const Tensor& predicted, int target_kind, const std::optional<Tensor>& target,
+crd::ResidualArgs residual_args(const Tensor& predicted, const std::optional<Tensor>& old, int target_kind, const std::optional<Tensor>& target,
                                 Address sample_ids, uint64_t seed, int32_t stream, const std::optional<Tensor>& ref,
                                 const std::optional<Tensor>& ref_uncond, float guidance_scale,
                                 const std::optional<Tensor>& mask, Address factor, Address count, int64_t batch,
@@ -128,6 +128,7 @@ crd::ResidualArgs residual_args(const Tensor& predicted, int target_kind, const 
   if (kind == crd::Target::kVelocity || kind == crd::Target::kNoise) require_address("sample_ids", sample_ids);
   if (ref_uncond && !ref) throw std::invalid_argument("ref_uncond without ref; expected both or ref alone");
   crd::ResidualArgs args{rows_of("predicted", predicted, dim),
+                         rows_of("old", old, dim),
                          kind,
                          rows_of("target", target, dim),
                          {reinterpret_cast<const int64_t*>(sample_ids), seed, stream},
@@ -143,38 +144,44 @@ crd::ResidualArgs residual_args(const Tensor& predicted, int target_kind, const 
   return args;
 }
 
-// factor, count (batch,) fp64 or null; mse, mae, kl (batch,) fp32 are written.
-void residual_stats(const Tensor& predicted, int target_kind, const std::optional<Tensor>& target, Address sample_ids,
-                    uint64_t seed, int32_t stream, const std::optional<Tensor>& ref,
-                    const std::optional<Tensor>& ref_uncond, float guidance_scale, const std::optional<Tensor>& mask,
-                    Address factor, Address count, int64_t batch, int64_t dim, Address mse, Address mae, Address kl,
-                    int64_t threads) {
+// factor, count (batch,) fp64 or null; mse, mae, kl and, where old is given, old_mse and old_mae (batch,) are written.
+void residual_stats(const Tensor& predicted, const std::optional<Tensor>& old, int target_kind,
+                    const std::optional<Tensor>& target, Address sample_ids, uint64_t seed, int32_t stream,
+                    const std::optional<Tensor>& ref, const std::optional<Tensor>& ref_uncond, float guidance_scale,
+                    const std::optional<Tensor>& mask, Address factor, Address count, int64_t batch, int64_t dim,
+                    Address mse, Address mae, Address kl, Address old_mse, Address old_mae, int64_t threads) {
   require_sizes(batch, dim, threads);
   if (batch == 0 || dim == 0) return;
   require_address("mse", mse);
   require_address("mae", mae);
   require_address("kl", kl);
-  const crd::ResidualArgs args = residual_args(predicted, target_kind, target, sample_ids, seed, stream, ref,
+  if (old) {
+    require_address("old_mse", old_mse);
+    require_address("old_mae", old_mae);
+  }
+  const crd::ResidualArgs args = residual_args(predicted, old, target_kind, target, sample_ids, seed, stream, ref,
                                                ref_uncond, guidance_scale, mask, factor, count, batch, dim);
+  const auto floats = [](Address address) { return reinterpret_cast<float*>(address); };
+  const crd::ResidualStats stats{floats(mse), floats(mae), floats(kl), floats(old_mse), floats(old_mae)};
   py::gil_scoped_release unlocked;
-  crd::run_residual_stats(args, reinterpret_cast<float*>(mse), reinterpret_cast<float*>(mae),
-                          reinterpret_cast<float*>(kl), threads);
+  crd::run_residual_stats(args, stats, threads);
 }
 
-// grad_mse, grad_kl (batch,) fp32 or null; grad is written.
+// grad_mse, grad_kl (batch,) fp32 or null; upstream fp32: null for 1, one number, or (batch,). grad is written.
 void residual_grad(const Tensor& predicted, int target_kind, const std::optional<Tensor>& target, Address sample_ids,
                    uint64_t seed, int32_t stream, const std::optional<Tensor>& ref,
                    const std::optional<Tensor>& ref_uncond, float guidance_scale, const std::optional<Tensor>& mask,
                    Address factor, Address count, int64_t batch, int64_t dim, Address grad_mse, Address grad_kl,
-                   const Tensor& grad, int64_t threads) {
+                   Address upstream, bool upstream_per_sample, const Tensor& grad, int64_t threads) {
   require_sizes(batch, dim, threads);
   if (batch == 0 || dim == 0) return;
-  const crd::ResidualArgs args = residual_args(predicted, target_kind, target, sample_ids, seed, stream, ref,
-                                               ref_uncond, guidance_scale, mask, factor, count, batch, dim);
+  const crd::ResidualArgs args = residual_args(predicted, std::nullopt, target_kind, target, sample_ids, seed, stream,
+                                               ref, ref_uncond, guidance_scale, mask, factor, count, batch, dim);
   const crd::Rows grad_rows = written_rows("grad", grad, batch, dim);
+  const auto floats = [](Address address) { return reinterpret_cast<const float*>(address); };
+  const crd::ResidualSlopes slopes{floats(grad_mse), floats(grad_kl), floats(upstream), upstream_per_sample};
   py::gil_scoped_release unlocked;
-  crd::run_residual_grad(args, reinterpret_cast<const float*>(grad_mse), reinterpret_cast<const float*>(grad_kl),
-                         grad_rows, threads);
+  crd::run_residual_grad(args, slopes, grad_rows, threads);
 }
 
 const float* floats(const char* name, Address address) {
@@ -243,15 +250,15 @@ PYBIND11_MODULE(_C, m) {
         py::arg("x0"), py::arg("out"), py::arg("sigma"), py::arg("sample_ids"), py::arg("batch"), py::arg("dim"),
         py::arg("seed"), py::arg("stream"), py::arg("threads"));
   m.def("residual_stats", &residual_stats, "Mean squared error, mean absolute error and squared gap to the anchor, per row.",
-        py::arg("predicted"), py::arg("target_kind"), py::arg("target"), py::arg("sample_ids"), py::arg("seed"),
-        py::arg("stream"), py::arg("ref"), py::arg("ref_uncond"), py::arg("guidance_scale"), py::arg("mask"),
-        py::arg("factor"), py::arg("count"), py::arg("batch"), py::arg("dim"), py::arg("mse"), py::arg("mae"),
-        py::arg("kl"), py::arg("threads"));
+        py::arg("predicted"), py::arg("old"), py::arg("target_kind"), py::arg("target"), py::arg("sample_ids"),
+        py::arg("seed"), py::arg("stream"), py::arg("ref"), py::arg("ref_uncond"), py::arg("guidance_scale"),
+        py::arg("mask"), py::arg("factor"), py::arg("count"), py::arg("batch"), py::arg("dim"), py::arg("mse"),
+        py::arg("mae"), py::arg("kl"), py::arg("old_mse"), py::arg("old_mae"), py::arg("threads"));
   m.def("residual_grad", &residual_grad, "The gradient of the prediction from those of its statistics, rounded once.",
         py::arg("predicted"), py::arg("target_kind"), py::arg("target"), py::arg("sample_ids"), py::arg("seed"),
         py::arg("stream"), py::arg("ref"), py::arg("ref_uncond"), py::arg("guidance_scale"), py::arg("mask"),
         py::arg("factor"), py::arg("count"), py::arg("batch"), py::arg("dim"), py::arg("grad_mse"), py::arg("grad_kl"),
-        py::arg("grad"), py::arg("threads"));
+        py::arg("upstream"), py::arg("upstream_per_sample"), py::arg("grad"), py::arg("threads"));
   m.def("objective", &objective, "The CRD loss of a batch from its residual statistics, with its slopes and metrics.",
         py::arg("mse"), py::arg("mae"), py::arg("kl"), py::arg("old_mse"), py::arg("old_mae"), py::arg("advantages"),
         py::arg("group_ids"), py::arg("sample_weights"), py::arg("kl_weights"), py::arg("member_ids"),

@@ -19,6 +19,7 @@ enum class Target : int { kTensor = 0, kVelocity = 1, kClean = 2, kNoise = 3 };
 
 struct ResidualArgs {
   Rows predicted;
+  Rows old;  // a second prediction of the same target, whose E and M are wanted too; not given: none
   Target target_kind;
   Rows target;         // kTensor: y; kVelocity and kClean: x0; kNoise: not given
   NoiseSource source;  // kVelocity and kNoise
@@ -37,14 +38,25 @@ struct ResidualSums {
   double squared = 0;   // (f - y)^2
   double absolute = 0;  // |f - y|
   double gap = 0;       // (f - g)^2
+  double old_squared = 0, old_absolute = 0;
 };
 
-// E, M and K, (batch,) each; K is 0 without an anchor. Sums are added in a fixed order.
-void run_residual_stats(const ResidualArgs& args, float* mse, float* mae, float* kl, int64_t threads);
+// (batch,) each; kl is 0 without an anchor, the last two are not written without an old prediction.
+struct ResidualStats {
+  float *mse, *mae, *kl, *old_mse, *old_mae;
+};
 
-// dL/df from dL/dE and dL/dK, (batch,) each or null for none; 0 where the mask is. A slope of zero drops its term,
-// whatever the tensors hold.
-void run_residual_grad(const ResidualArgs& args, const float* grad_mse, const float* grad_kl, const Rows& grad,
-                       int64_t threads);
+// Sums are added in a fixed order.
+void run_residual_stats(const ResidualArgs& args, const ResidualStats& stats, int64_t threads);
+
+// dL/dE and dL/dK of every sample, null for none, each times `upstream`: null for 1, one number, or one a sample.
+struct ResidualSlopes {
+  const float *mse, *kl;
+  const float* upstream;
+  bool upstream_per_sample;
+};
+
+// dL/df; 0 where the mask is. A slope of zero drops its term, whatever the tensors hold.
+void run_residual_grad(const ResidualArgs& args, const ResidualSlopes& slopes, const Rows& grad, int64_t threads);
 
 }  // namespace crd

@@ -21,6 +21,7 @@ enum class AnchorFrom { kNothing, kStored, kGuided };
 template <class Element>
 struct TilePlaces {
   const typename Element::Stored* predicted = nullptr;
+  const typename Element::Stored* old = nullptr;
   const typename Element::Stored* target = nullptr;
   const typename Element::Stored* conditional = nullptr;
   const typename Element::Stored* unconditional = nullptr;
@@ -30,6 +31,7 @@ struct TilePlaces {
 
 struct TileBuffers {
   alignas(64) float predicted[kTileElements];
+  alignas(64) float old[kTileElements];
   alignas(64) float target[kTileElements];
   alignas(64) float conditional[kTileElements];
   alignas(64) float unconditional[kTileElements];
@@ -39,6 +41,7 @@ struct TileBuffers {
 
 struct TileSums {
   double squared[kLanes] = {}, absolute[kLanes] = {}, gap[kLanes] = {};
+  double old_squared[kLanes] = {}, old_absolute[kLanes] = {};
 };
 
 static inline void add_lanes(Lanes values, double* sums) {
@@ -74,15 +77,21 @@ static inline Lanes masked(Lanes values, const float* mask, int64_t i) {
 }
 
 // `count` is a multiple of kLanes.
-template <TargetFrom kTarget, AnchorFrom kAnchor, class Element>
+template <TargetFrom kTarget, AnchorFrom kAnchor, bool kOld, class Element>
 static inline void add_tile(const TilePlaces<Element>& tile, int64_t count, float guidance_scale, TileSums& sums) {
-  const Lanes scale = splat(guidance_scale);
-  Lanes squared = splat(0.0f), absolutes = splat(0.0f), gap = splat(0.0f);
+  const Lanes scale = splat(guidance_scale), zero = splat(0.0f);
+  Lanes squared = zero, absolutes = zero, gap = zero, old_squared = zero, old_absolutes = zero;
   for (int64_t i = 0; i < count; i += kLanes) {
     const Lanes predicted = Element::load_lanes(tile.predicted + i);
-    const Lanes error = masked(predicted - target_lanes<kTarget>(tile, i), tile.mask, i);
+    const Lanes target = target_lanes<kTarget>(tile, i);
+    const Lanes error = masked(predicted - target, tile.mask, i);
     squared = fused(error, error, squared);
     absolutes = absolutes + absolute(error);
+    if constexpr (kOld) {
+      const Lanes old_error = masked(Element::load_lanes(tile.old + i) - target, tile.mask, i);
+      old_squared = fused(old_error, old_error, old_squared);
+      old_absolutes = old_absolutes + absolute(old_error);
+    }
     if constexpr (kAnchor != AnchorFrom::kNothing) {
       const Lanes apart = masked(predicted - anchor_lanes<kAnchor>(tile, i, scale), tile.mask, i);
       gap = fused(apart, apart, gap);
@@ -90,6 +99,10 @@ static inline void add_tile(const TilePlaces<Element>& tile, int64_t count, floa
   }
   add_lanes(squared, sums.squared);
   add_lanes(absolutes, sums.absolute);
+  if constexpr (kOld) {
+    add_lanes(old_squared, sums.old_squared);
+    add_lanes(old_absolutes, sums.old_absolute);
+  }
   if constexpr (kAnchor != AnchorFrom::kNothing) add_lanes(gap, sums.gap);
 }
 
@@ -168,8 +181,8 @@ static inline bool lies_as(const Rows& rows, Dtype dtype) {
 // Whether whole tiles can be read where they lie: no mask, all tensors contiguous and of one dtype.
 static inline bool lies_plainly(const ResidualArgs& args) {
   const Dtype dtype = args.predicted.dtype;
-  return !given(args.mask) && lies_as(args.predicted, dtype) && lies_as(args.target, dtype) &&
-         lies_as(args.ref, dtype) && lies_as(args.ref_uncond, dtype);
+  return !given(args.mask) && lies_as(args.predicted, dtype) && lies_as(args.old, dtype) &&
+         lies_as(args.target, dtype) && lies_as(args.ref, dtype) && lies_as(args.ref_uncond, dtype);
 }
 
 template <class Element>
@@ -179,8 +192,13 @@ static inline const typename Element::Stored* place(const Rows& rows, int64_t ro
 
 template <class Element>
 static inline TilePlaces<Element> plain_tile(const ResidualArgs& args, int64_t row, int64_t start) {
-  return {place<Element>(args.predicted, row, start), place<Element>(args.target, row, start),
-          place<Element>(args.ref, row, start), place<Element>(args.ref_uncond, row, start)};
+  TilePlaces<Element> tile;
+  tile.predicted = place<Element>(args.predicted, row, start);
+  tile.old = place<Element>(args.old, row, start);
+  tile.target = place<Element>(args.target, row, start);
+  tile.conditional = place<Element>(args.ref, row, start);
+  tile.unconditional = place<Element>(args.ref_uncond, row, start);
+  return tile;
 }
 
 // Elements [start, start + count) of every tensor as fp32, zero up to the next multiple of kLanes.
@@ -196,6 +214,7 @@ static inline TilePlaces<Float32Element> buffered_tile(const ResidualArgs& args,
   };
   TilePlaces<Float32Element> tile;
   tile.predicted = filled(args.predicted, buffers.predicted);
+  tile.old = filled(args.old, buffers.old);
   tile.target = filled(args.target, buffers.target);
   tile.conditional = filled(args.ref, buffers.conditional);
   tile.unconditional = filled(args.ref_uncond, buffers.unconditional);
@@ -249,11 +268,16 @@ static inline ResidualSums residual_sums_span(const ResidualArgs& args, int64_t 
     with_sources(target_from(args), anchor_from(args), [&](auto target, auto anchor) {
       for_each_tile<decltype(element), target()>(
           args, plain, row, begin, end, [&](const auto& tile, int64_t, int64_t count) {
-            add_tile<target(), anchor()>(tile, count, args.guidance_scale, sums);
+            if (given(args.old)) {
+              add_tile<target(), anchor(), true>(tile, count, args.guidance_scale, sums);
+            } else {
+              add_tile<target(), anchor(), false>(tile, count, args.guidance_scale, sums);
+            }
           });
     });
   });
-  return {total(sums.squared), total(sums.absolute), total(sums.gap)};
+  return {total(sums.squared), total(sums.absolute), total(sums.gap), total(sums.old_squared),
+          total(sums.old_absolute)};
 }
 
 static inline void residual_grad_span(const ResidualArgs& args, float error_weight, float gap_weight, const Rows& grad,

@@ -7,6 +7,7 @@ compiled counterparts, is mathematics on (B,) vectors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from crd_fast import checks, ops
-from crd_fast.forward_process import Noised, ResidualStats, residual_inputs, residual_stats
+from crd_fast.forward_process import Noised, ResidualStats, residual_inputs
 from crd_fast.losses import centering
 from crd_fast.losses.config import CRDConfig
-from crd_fast.reference import ResidualInputs
 from crd_fast.reference_objective import METRICS, ObjectiveInputs, rewards
 
 DEFAULT_CONFIG = CRDConfig()
@@ -100,22 +100,47 @@ def loss(
     """
     checks.require_latents("f_theta", f_theta)
     _check_reference(ref, ref_uncond, guidance_scale, config)
-    with _without_autocast(f_theta.device.type):
-        inputs = residual_inputs(
-            "f_theta",
-            f_theta,
-            target,
-            mask,
-            config.prediction,
-            ref=ref,
-            ref_uncond=ref_uncond,
-            guidance_scale=guidance_scale,
+    inputs = residual_inputs(
+        "f_theta",
+        f_theta,
+        target,
+        mask,
+        config.prediction,
+        ref=ref,
+        ref_uncond=ref_uncond,
+        guidance_scale=guidance_scale,
+        old=_old_prediction(old, f_theta),
+    )
+    kept = _old_stats(old, f_theta) if isinstance(old, ResidualStats) else None
+    _check_samples(f_theta, advantages, group_ids, sample_weights, kl_weights)
+
+    def between(statistics: Sequence[Tensor]) -> ObjectiveInputs:
+        mse, mae, kl, old_mse, old_mae = statistics
+        given = ObjectiveInputs(
+            mse=mse,
+            mae=mae,
+            kl=kl,
+            old_mse=old_mse if kept is None else kept.mse,
+            old_mae=old_mae if kept is None else kept.mae,
+            advantages=advantages.detach(),
+            group_ids=None if config.centering == "batch" else group_ids,
+            sample_weights=None if sample_weights is None else sample_weights.detach(),
+            kl_weights=None if kl_weights is None else kl_weights.detach(),
+            member_ids=None,
+            members=None,
+            beta=float(config.beta),
+            kl_coef=float(config.kl_coef),
+            adv_clip=float(config.adv_clip),
+            adaptive_weight=config.adaptive_weight,
+            adaptive_kl=config.adaptive_kl,
+            temperature=float(config.temperature),
+            loss_type=config.loss_type,
+            reduction=config.reduction,
         )
-        old = _old_stats(old, f_theta, target, mask, config)
-        given = _objective_inputs(inputs, old, advantages, group_ids, sample_weights, kl_weights, config)
-        if process_group is not None:
-            given = _with_other_ranks(given, process_group)
-        value, parts, samples, _, metrics = ops.objective(*given)
+        return given if process_group is None else _with_other_ranks(given, process_group)
+
+    with _without_autocast(f_theta.device.type):
+        value, parts, samples, _, metrics = ops.objective_of_predictions(inputs, between)
         policy_loss, kl_loss = parts.unbind()
         implicit_reward, kl = samples.unbind()
         return CRDOutput(
@@ -169,16 +194,14 @@ def _check_reference(ref: Tensor | None, ref_uncond: Tensor | None, guidance_sca
         )
 
 
-def _objective_inputs(
-    inputs: ResidualInputs,
-    old: ResidualStats,
+def _check_samples(
+    f_theta: Tensor,
     advantages: Tensor,
     group_ids: Tensor | None,
     sample_weights: Tensor | None,
     kl_weights: Tensor | None,
-    config: CRDConfig,
-) -> ObjectiveInputs:
-    batch, device = inputs.predicted.shape[0], inputs.predicted.device
+) -> None:
+    batch, device = f_theta.shape[0], f_theta.device
     checks.require_per_sample("advantages", advantages, batch, device)
     if group_ids is not None:
         checks.require_per_sample("group_ids", group_ids, batch, device, dtypes=(torch.int64,))
@@ -187,28 +210,6 @@ def _objective_inputs(
             checks.require_per_sample(name, weights, batch, device)
             checks.require_weights(name, weights)
     checks.require_finite("advantages", advantages, where=None if sample_weights is None else sample_weights != 0)
-    mse, mae, kl = ops.residual_stats(*inputs)
-    return ObjectiveInputs(
-        mse=mse,
-        mae=mae,
-        kl=kl,
-        old_mse=old.mse.detach(),
-        old_mae=old.mae.detach(),
-        advantages=advantages.detach(),
-        group_ids=None if config.centering == "batch" else group_ids,
-        sample_weights=None if sample_weights is None else sample_weights.detach(),
-        kl_weights=None if kl_weights is None else kl_weights.detach(),
-        member_ids=None,
-        members=None,
-        beta=float(config.beta),
-        kl_coef=float(config.kl_coef),
-        adv_clip=float(config.adv_clip),
-        adaptive_weight=config.adaptive_weight,
-        adaptive_kl=config.adaptive_kl,
-        temperature=float(config.temperature),
-        loss_type=config.loss_type,
-        reduction=config.reduction,
-    )
 
 
 @torch.no_grad()
@@ -220,23 +221,20 @@ def _with_other_ranks(given: ObjectiveInputs, process_group: dist.ProcessGroup) 
     return given._replace(member_ids=member_ids, members=members)
 
 
-def _old_stats(
-    old: ResidualStats | Tensor,
-    f_theta: Tensor,
-    target: Noised | Tensor,
-    mask: Tensor | None,
-    config: CRDConfig,
-) -> ResidualStats:
-    """float32 or float64 statistics of the old prediction."""
-    batch, device = f_theta.shape[0], f_theta.device
+def _old_prediction(old: ResidualStats | Tensor, f_theta: Tensor) -> Tensor | None:
     if isinstance(old, ResidualStats):
-        checks.require_per_sample("old.mse", old.mse, batch, device)
-        checks.require_per_sample("old.mae", old.mae, batch, device)
-        dtype = torch.float64 if old.mse.dtype == torch.float64 else torch.float32
-        return ResidualStats(old.mse.to(dtype), old.mae.to(dtype))
+        return None
     if not isinstance(old, Tensor):
         raise ValueError(
             f"old: expected ResidualStats or a prediction of shape {tuple(f_theta.shape)}, got {type(old).__name__}"
         )
-    checks.require_like("old", old, "f_theta", f_theta)
-    return residual_stats(old.detach(), target, mask=mask, prediction=config.prediction)
+    return old
+
+
+def _old_stats(old: ResidualStats, f_theta: Tensor) -> ResidualStats:
+    """float32 or float64 statistics of the old prediction."""
+    batch, device = f_theta.shape[0], f_theta.device
+    checks.require_per_sample("old.mse", old.mse, batch, device)
+    checks.require_per_sample("old.mae", old.mae, batch, device)
+    dtype = torch.float64 if old.mse.dtype == torch.float64 else torch.float32
+    return ResidualStats(old.mse.detach().to(dtype), old.mae.detach().to(dtype))

@@ -64,13 +64,14 @@ def _valid(p_mask, i_row, o_element, m_element, row_stride, size1, size2, stride
 
 @triton.jit(do_not_specialize=["seed", "stream"])
 def partial_sums_kernel(
-    p_predicted,  # (B, D), rows a stride apart; so the target, ref and uncond
+    p_predicted,  # (B, D), rows a stride apart; so the target, ref, uncond and old
     p_target,
     p_ids,  # (B,) int64
     p_ref,
     p_uncond,
     p_mask,  # uint8
-    p_partial,  # (B, splits, 3) float32
+    p_old,  # unused without HAS_OLD
+    p_partial,  # (B, splits, 5) float32
     seed,
     stream,
     scale,
@@ -87,10 +88,12 @@ def partial_sums_kernel(
     mask_stride0,
     mask_stride1,
     mask_stride2,
+    old_stride,
     TARGET: tl.constexpr,
     ANCHORED: tl.constexpr,
     GUIDED: tl.constexpr,
     MASKED: tl.constexpr,
+    HAS_OLD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_row = (tl.program_id(0) // splits).to(tl.int64)
@@ -98,6 +101,8 @@ def partial_sums_kernel(
     squared = tl.zeros([BLOCK], tl.float32)
     absolute = tl.zeros([BLOCK], tl.float32)
     gap = tl.zeros([BLOCK], tl.float32)
+    old_squared = tl.zeros([BLOCK], tl.float32)
+    old_absolute = tl.zeros([BLOCK], tl.float32)
     for i_tile in range(tiles):
         first = (i_split * tiles + i_tile) * BLOCK
         o_element = first + tl.arange(0, BLOCK)
@@ -116,41 +121,57 @@ def partial_sums_kernel(
         error = tl.where(m_valid, predicted - target, 0.0)
         squared = tl.fma(error, error, squared)
         absolute += tl.abs(error)
+        if HAS_OLD:
+            old = tl.load(p_old + i_row * old_stride + o_element, mask=m_element, other=0.0).to(tl.float32)
+            old_error = tl.where(m_valid, old - target, 0.0)
+            old_squared = tl.fma(old_error, old_error, old_squared)
+            old_absolute += tl.abs(old_error)
         if ANCHORED:
             anchor = _anchor(p_ref, p_uncond, i_row, o_element, m_element, ref_stride, uncond_stride, scale, GUIDED)
             difference = tl.where(m_valid, predicted - anchor, 0.0)
             gap = tl.fma(difference, difference, gap)
-    o_partial = (i_row * splits + i_split) * 3
+    o_partial = (i_row * splits + i_split) * 5
     tl.store(p_partial + o_partial, tl.sum(squared))
     tl.store(p_partial + o_partial + 1, tl.sum(absolute))
     tl.store(p_partial + o_partial + 2, tl.sum(gap))
+    if HAS_OLD:
+        tl.store(p_partial + o_partial + 3, tl.sum(old_squared))
+        tl.store(p_partial + o_partial + 4, tl.sum(old_absolute))
 
 
 @triton.jit
 def finalise_kernel(
-    p_partial,  # (B, splits, 3) float32
+    p_partial,  # (B, splits, 5) float32
     p_factor,  # (B,) float32; unused without SCALED
     p_count,  # (B,) float32; unused without COUNTED
     p_mse,
     p_mae,
     p_kl,  # (B,) float32
+    p_old_mse,  # (B,) float32; unused without HAS_OLD
+    p_old_mae,
     splits,
     dim,
     SCALED: tl.constexpr,
     COUNTED: tl.constexpr,
+    HAS_OLD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
     squared = tl.zeros([BLOCK], tl.float32)
     absolute = tl.zeros([BLOCK], tl.float32)
     gap = tl.zeros([BLOCK], tl.float32)
+    old_squared = tl.zeros([BLOCK], tl.float32)
+    old_absolute = tl.zeros([BLOCK], tl.float32)
     for start in range(0, splits, BLOCK):
         i_split = start + tl.arange(0, BLOCK)
         m_split = i_split < splits
-        o_partial = (i_row * splits + i_split) * 3
+        o_partial = (i_row * splits + i_split) * 5
         squared += tl.load(p_partial + o_partial, mask=m_split, other=0.0)
         absolute += tl.load(p_partial + o_partial + 1, mask=m_split, other=0.0)
         gap += tl.load(p_partial + o_partial + 2, mask=m_split, other=0.0)
+        if HAS_OLD:
+            old_squared += tl.load(p_partial + o_partial + 3, mask=m_split, other=0.0)
+            old_absolute += tl.load(p_partial + o_partial + 4, mask=m_split, other=0.0)
     count = tl.full([], 1.0, tl.float32) * dim
     if COUNTED:
         count = tl.load(p_count + i_row)
@@ -160,6 +181,9 @@ def finalise_kernel(
     tl.store(p_mse + i_row, factor * factor * tl.sum(squared) / count)
     tl.store(p_mae + i_row, factor * tl.sum(absolute) / count)
     tl.store(p_kl + i_row, factor * factor * tl.sum(gap) / count)
+    if HAS_OLD:
+        tl.store(p_old_mse + i_row, factor * factor * tl.sum(old_squared) / count)
+        tl.store(p_old_mae + i_row, factor * tl.sum(old_absolute) / count)
 
 
 @triton.jit(do_not_specialize=["seed", "stream"])
@@ -172,6 +196,7 @@ def grad_kernel(
     p_mask,
     p_grad_mse,  # (B,) float32: dL/dE; unused without HAS_ERROR
     p_grad_kl,  # (B,) float32: dL/dK; unused without ANCHORED
+    p_upstream,  # float32, multiplies both: one number, or (B,) with UPSTREAM_PER_SAMPLE; unused without HAS_UPSTREAM
     p_factor,
     p_count,
     p_grad,  # (B, D) contiguous
@@ -196,6 +221,8 @@ def grad_kernel(
     SCALED: tl.constexpr,
     COUNTED: tl.constexpr,
     HAS_ERROR: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr,
+    UPSTREAM_PER_SAMPLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     blocks = tl.cdiv(dim, BLOCK)
@@ -210,21 +237,21 @@ def grad_kernel(
     if SCALED:
         factor = tl.load(p_factor + i_row)
         common = common * factor * factor
-    error_weight = tl.full([], 0.0, tl.float32)
-    if HAS_ERROR:
-        error_weight = common * tl.load(p_grad_mse + i_row)
+    if HAS_UPSTREAM:
+        common = common * tl.load(p_upstream + i_row if UPSTREAM_PER_SAMPLE else p_upstream)
     predicted = tl.load(p_predicted + i_row * predicted_stride + o_element, mask=m_element, other=0.0).to(tl.float32)
     grad = tl.zeros([BLOCK], tl.float32)
-    # a weight of zero drops its term, whatever the tensors hold
+    # a slope of zero drops its term, whatever the tensors hold
     if HAS_ERROR:
+        slope = tl.load(p_grad_mse + i_row)
         target = _target(
             p_target, p_ids, i_row, first, o_element, m_element, target_stride, seed, stream, TARGET, BLOCK
         )
-        grad = tl.where(error_weight != 0.0, error_weight * (predicted - target), 0.0)
+        grad = tl.where(slope != 0.0, common * slope * (predicted - target), 0.0)
     if ANCHORED:
-        gap_weight = common * tl.load(p_grad_kl + i_row)
+        slope = tl.load(p_grad_kl + i_row)
         anchor = _anchor(p_ref, p_uncond, i_row, o_element, m_element, ref_stride, uncond_stride, scale, GUIDED)
-        grad += tl.where(gap_weight != 0.0, gap_weight * (predicted - anchor), 0.0)
+        grad += tl.where(slope != 0.0, common * slope * (predicted - anchor), 0.0)
     if MASKED:
         m_valid = _valid(
             p_mask,
@@ -255,28 +282,35 @@ def residual_stats(
     mask: torch.Tensor | None,
     factor: torch.Tensor | None,
     count: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """E, M and K of every sample, (B,) float32 each, in two launches.
+    old: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """E, M, K and the E and M of `old`, (B,) float32 each, the last two (0,) without it, in two launches.
 
     predicted, ref, ref_uncond (B, *latent); target: the target (TENSOR), x0 (VELOCITY, CLEAN) or None (NOISE);
     sample_ids (B,) int64 and the seed's 64 bits as int64 for VELOCITY and NOISE. mask: bool,
     broadcastable to predicted. factor (B,) float32: velocity factor, None for 1. count (B,) float32: valid elements,
-    None for all.
+    None for all. old: a second prediction of the same target, like predicted.
     """
     call = _Call(predicted, target, target_kind, sample_ids, seed, stream, ref, ref_uncond, guidance_scale, mask)
+    of_old = 0 if old is None else call.batch
     mse, mae, kl = (torch.empty(call.batch, device=predicted.device) for _ in range(3))
+    old_mse, old_mae = (torch.empty(of_old, device=predicted.device) for _ in range(2))
     if call.batch == 0 or call.dim == 0:
-        return mse.zero_(), mae.zero_(), kl.zero_()
+        return mse.zero_(), mae.zero_(), kl.zero_(), old_mse.zero_(), old_mae.zero_()
+    old_rows = None if old is None else call.rows(old)
     config = reduction_config(call.batch, call.dim, processors_of(predicted.device))
-    partial = torch.empty(call.batch, config.splits, 3, device=predicted.device)
+    partial = torch.empty(call.batch, config.splits, 5, device=predicted.device)
     partial_sums_kernel[(call.batch * config.splits,)](
         *call.tensors,
+        partial if old_rows is None else old_rows,
         partial,
         *call.numbers,
         config.splits,
         config.tiles,
         *call.strides,
+        0 if old_rows is None else old_rows.stride(0),
         **call.flags,
+        HAS_OLD=old is not None,
         BLOCK=config.block,
         num_warps=config.warps,
         **ROUNDING,
@@ -288,15 +322,18 @@ def residual_stats(
         mse,
         mae,
         kl,
+        old_mse,
+        old_mae,
         config.splits,
         call.dim,
         SCALED=factor is not None,
         COUNTED=count is not None,
+        HAS_OLD=old is not None,
         BLOCK=min(1024, max(16, triton.next_power_of_2(config.splits))),
         num_warps=1,
         **ROUNDING,
     )
-    return mse, mae, kl
+    return mse, mae, kl, old_mse, old_mae
 
 
 def residual_grad(
@@ -314,8 +351,12 @@ def residual_grad(
     count: torch.Tensor | None,
     grad_mse: torch.Tensor | None,
     grad_kl: torch.Tensor | None,
+    upstream: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """dL/dpredicted in its dtype and layout from dL/dE and dL/dK, (B,) float32 or None, in one launch."""
+    """dL/dpredicted in its dtype and layout from dL/dE and dL/dK, (B,) float32 or None, in one launch.
+
+    upstream: () or (B,) float32, multiplies both, or None for 1.
+    """
     if grad_kl is None:
         ref = ref_uncond = None  # the anchor is not read
     call = _Call(predicted, target, target_kind, sample_ids, seed, stream, ref, ref_uncond, guidance_scale, mask)
@@ -330,6 +371,7 @@ def residual_grad(
         *call.tensors,
         predicted if grad_mse is None else grad_mse.contiguous(),
         predicted if grad_kl is None else grad_kl.contiguous(),
+        predicted if upstream is None else upstream.contiguous(),
         predicted if factor is None else factor.contiguous(),
         predicted if count is None else count.contiguous(),
         rows,
@@ -339,6 +381,8 @@ def residual_grad(
         SCALED=factor is not None,
         COUNTED=count is not None,
         HAS_ERROR=grad_mse is not None,
+        HAS_UPSTREAM=upstream is not None,
+        UPSTREAM_PER_SAMPLE=upstream is not None and upstream.ndim == 1,
         BLOCK=config.block,
         num_warps=config.warps,
         **ROUNDING,
@@ -372,14 +416,8 @@ class _Call:
         self.axes = list(range(predicted.ndim))
         if target_kind == TENSOR:
             self.axes[1:] = sorted(self.axes[1:], key=predicted.stride, reverse=True)
-
-        def rows(tensor: torch.Tensor) -> torch.Tensor:
-            ordered = tensor.permute(self.axes)
-            flat = ordered.reshape(self.batch, -1)  # a view when rows are dense
-            return flat if self.dim < 2 or flat.stride(1) == 1 else flat.contiguous()
-
-        first = rows(predicted)
-        given = [None if tensor is None else rows(tensor) for tensor in (target, ref, ref_uncond)]
+        first = self.rows(predicted)
+        given = [None if tensor is None else self.rows(tensor) for tensor in (target, ref, ref_uncond)]
         flat_target, flat_ref, flat_uncond = given
         sizes, strides, mask_row, mask_bytes = [1, 1, 1], [0, 0, 0], 0, first
         if mask is not None:
@@ -407,6 +445,11 @@ class _Call:
             "GUIDED": ref_uncond is not None,
             "MASKED": mask is not None,
         }
+
+    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(B, D) with neighbouring elements side by side: a view where rows are dense in the order of the walk."""
+        flat = tensor.permute(self.axes).reshape(self.batch, -1)
+        return flat if self.dim < 2 or flat.stride(1) == 1 else flat.contiguous()
 
 
 def _mask_axes(mask: torch.Tensor) -> tuple[list[int], list[int], int, torch.Tensor]:

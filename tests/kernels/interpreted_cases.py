@@ -50,7 +50,7 @@ def test_noise_equals_the_extension(shape, x0_dtype, out_dtype):
     torch.testing.assert_close(got, expected, rtol=2 * eps, atol=2 * torch.finfo(torch.float32).eps)
 
 
-def residual_case(shape, seeded, prediction, dtype, anchored, guided, mask_shape, transposed=False):
+def residual_case(shape, seeded, prediction, dtype, anchored, guided, mask_shape, transposed=False, old=False):
     generator = torch.Generator().manual_seed(1)
 
     def tensor(kind=dtype):
@@ -74,18 +74,23 @@ def residual_case(shape, seeded, prediction, dtype, anchored, guided, mask_shape
         guidance_scale=3.5,
         mask=None if mask_shape is None else torch.rand(mask_shape, generator=generator) < 0.6,
         prediction=prediction,
+        old=tensor(torch.float16) if old else None,
     )
 
 
 arguments = ops._triton_arguments  # what the CUDA dispatch gives the launchers
 
 
+def statistics(inputs):
+    return kernels.residual_stats(*arguments(inputs), inputs.old)
+
+
 CASES = [
     residual_case((1, 1), False, "v", torch.float32, False, False, None),
-    residual_case((2, 63), True, "v", torch.bfloat16, True, True, None),
+    residual_case((2, 63), True, "v", torch.bfloat16, True, True, None, old=True),
     residual_case((3, 1000), True, "x0", torch.float16, True, False, (3, 1000)),
-    residual_case((1, 5000), True, "eps", torch.float32, True, True, (1, 5000)),
-    residual_case((2, 3, 4, 5), False, "v", torch.bfloat16, True, True, (2, 1, 4, 1), transposed=True),
+    residual_case((1, 5000), True, "eps", torch.float32, True, True, (1, 5000), old=True),
+    residual_case((2, 3, 4, 5), False, "v", torch.bfloat16, True, True, (2, 1, 4, 1), transposed=True, old=True),
     residual_case((2, 3, 4, 5), True, "v", torch.float32, True, True, (1, 3, 1, 5), transposed=True),
     residual_case((2, 9, 6), True, "v", torch.bfloat16, True, True, (2, 9, 1)),
     residual_case((2, 3, 2, 4, 2, 3), False, "v", torch.float32, True, False, (1, 3, 1, 4, 1, 3)),
@@ -96,7 +101,7 @@ CASES = [
 def test_statistics_equal_fp64_formulas(index):
     inputs = CASES[index]
     doubled = inputs._replace(predicted=inputs.predicted.double())
-    for got, truth in zip(kernels.residual_stats(*arguments(inputs)), reference.residual_stats(doubled), strict=True):
+    for got, truth in zip(statistics(inputs), reference.residual_stats(doubled), strict=True):
         torch.testing.assert_close(got.double(), truth, rtol=5e-6, atol=1e-7)
 
 
@@ -104,8 +109,9 @@ def test_statistics_equal_fp64_formulas(index):
 def test_gradient_equals_fp64_formula(index):
     inputs = CASES[index]
     weights = torch.tensor([[0.7, -0.3, 0.0], [1.5, 0.0, 0.2]])[:, : len(inputs.predicted)]
-    got = kernels.residual_grad(*arguments(inputs), *weights)
-    truth = reference.residual_grad(inputs._replace(predicted=inputs.predicted.double()), *weights.double())
+    upstream = (None, torch.tensor(0.5), torch.tensor([2.0, -1.0, 0.25])[: len(inputs.predicted)])[index % 3]
+    got = kernels.residual_grad(*arguments(inputs), *weights, upstream)
+    truth = reference.residual_grad(inputs._replace(predicted=inputs.predicted.double()), *weights.double(), upstream)
     assert got.dtype == inputs.predicted.dtype and got.stride() == inputs.predicted.stride()
     eps = torch.finfo(got.dtype).eps
     torch.testing.assert_close(got.double(), truth, rtol=2 * eps, atol=2e-6 * float(truth.abs().max()))
@@ -114,9 +120,7 @@ def test_gradient_equals_fp64_formula(index):
 def test_dropped_and_masked_values_may_hold_anything():
     inputs = residual_case((3, 50), True, "v", torch.float32, True, True, (3, 50))
     dirty = inputs._replace(predicted=torch.where(inputs.mask, inputs.predicted, torch.nan))
-    for got, expected in zip(
-        kernels.residual_stats(*arguments(dirty)), kernels.residual_stats(*arguments(inputs)), strict=True
-    ):
+    for got, expected in zip(statistics(dirty), statistics(inputs), strict=True):
         assert torch.equal(got, expected)
     dirty.predicted[1] = torch.inf
     weights = torch.tensor([[0.5, 0.0, 1.0], [0.25, 0.0, 2.0]])

@@ -67,11 +67,12 @@ def cases(draw):
         guidance_scale=draw(st.floats(0, 8, width=32)),
         mask=mask,
         prediction=draw(st.sampled_from(["v", "x0", "eps"])) if seeded else "v",
+        old=tensor() if draw(st.booleans()) else None,
     )
 
 
 def doubled(inputs):
-    names = ("predicted", "target", "x0", "sigma", "ref", "ref_uncond")
+    names = ("predicted", "target", "x0", "sigma", "ref", "ref_uncond", "old")
     return inputs._replace(
         **{n: getattr(inputs, n).double().contiguous() for n in names if getattr(inputs, n) is not None}
     )
@@ -92,8 +93,9 @@ def test_gradient_equals_fp64_formula(inputs, seed):
     generator = torch.Generator().manual_seed(seed)
     batch = len(inputs.predicted)
     weights = torch.randn(2, batch, generator=generator) * (torch.rand(2, batch, generator=generator) < 0.8)
-    got = ops.residual_grad(*inputs, *weights)
-    truth = reference.residual_grad(doubled(inputs), *weights.double())
+    upstream = (None, torch.tensor(1.5), torch.randn(batch, generator=generator))[seed % 3]
+    got = ops.residual_grad(*inputs, *weights, upstream)
+    truth = reference.residual_grad(doubled(inputs), *weights.double(), upstream)
     assert got.dtype == inputs.predicted.dtype and got.stride() == torch.empty_like(inputs.predicted).stride()
     # an element is the sum of terms of either sign, each exact to a few ulp of the terms, and is rounded once
     scale = truth.abs().flatten(1).amax(1).view(-1, *(1,) * (truth.ndim - 1)) * 2e-6
@@ -107,12 +109,16 @@ def test_layout_changes_no_bit_with_seeded_noise(inputs):
     if inputs.target is not None:
         inputs = inputs._replace(target=inputs.target.contiguous(), predicted=inputs.predicted.contiguous())
     same = inputs._replace(
-        **{n: getattr(inputs, n).contiguous() for n in ("predicted", "x0", "ref") if getattr(inputs, n) is not None}
+        **{
+            n: getattr(inputs, n).contiguous()
+            for n in ("predicted", "x0", "ref", "old")
+            if getattr(inputs, n) is not None
+        }
     )
     for got, expected in zip(ops.residual_stats(*inputs), ops.residual_stats(*same), strict=True):
         assert torch.equal(got, expected)
     weights = torch.rand(2, len(inputs.predicted))
-    assert torch.equal(ops.residual_grad(*inputs, *weights), ops.residual_grad(*same, *weights))
+    assert torch.equal(ops.residual_grad(*inputs, *weights, None), ops.residual_grad(*same, *weights, None))
 
 
 def image_inputs(batch=3, dtype=torch.float32, memory_format=torch.contiguous_format):
@@ -134,7 +140,7 @@ def test_threads_change_no_bit():
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            results.append((*ops.residual_stats(*inputs), ops.residual_grad(*inputs, *weights)))
+            results.append((*ops.residual_stats(*inputs), ops.residual_grad(*inputs, *weights, None)))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -143,6 +149,7 @@ def test_threads_change_no_bit():
 
 def test_batch_composition_changes_no_bit():
     inputs = image_inputs(batch=5)
+    inputs = inputs._replace(old=inputs.ref)
     whole = torch.stack(ops.residual_stats(*inputs))
     rows = torch.cat([torch.stack(ops.residual_stats(*inputs.rows(i, i + 1))) for i in range(5)], dim=1)
     assert torch.equal(whole, rows)
@@ -151,7 +158,7 @@ def test_batch_composition_changes_no_bit():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_channels_last_gradient_keeps_its_layout(dtype):
     inputs = image_inputs(dtype=dtype, memory_format=torch.channels_last)
-    grad = ops.residual_grad(*inputs, *torch.rand(2, 3))
+    grad = ops.residual_grad(*inputs, *torch.rand(2, 3), None)
     assert grad.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -166,17 +173,17 @@ def test_padding_and_dropped_samples_may_hold_anything():
     for got, expected in zip(ops.residual_stats(*dirty), ops.residual_stats(*clean), strict=True):
         assert torch.equal(got, expected)
     weights = torch.rand(2, 3)
-    assert torch.equal(ops.residual_grad(*dirty, *weights), ops.residual_grad(*clean, *weights))
+    assert torch.equal(ops.residual_grad(*dirty, *weights, None), ops.residual_grad(*clean, *weights, None))
     dirty_predicted[1] = torch.nan
     weights[:, 1] = 0
-    assert not ops.residual_grad(*dirty, *weights)[1].any()
+    assert not ops.residual_grad(*dirty, *weights, None)[1].any()
 
 
 def test_long_rows_are_summed_without_drift():
     # 2^23 equal residuals: a running fp32 sum stops growing at 2^24 of them and is off by whole percents before
     predicted = torch.full((1, 2**23 + 1), 1.1)
     inputs = ResidualInputs(predicted, torch.ones_like(predicted), None, None, None, 0, 0, None, None, 1.0, None, "v")
-    mse, mae, _ = ops.residual_stats(*inputs)
+    mse, mae, *_ = ops.residual_stats(*inputs)
     error = float(torch.tensor(1.1)) - 1.0
     torch.testing.assert_close(mae.double(), torch.tensor([error]), rtol=1e-6, atol=0, check_dtype=False)
     torch.testing.assert_close(mse.double(), torch.tensor([error**2]), rtol=1e-6, atol=0, check_dtype=False)
@@ -190,6 +197,7 @@ def test_long_rows_are_summed_without_drift():
         ("ref", None, "ref_uncond without ref"),
         ("mask", (8, 0, 4, [4], [1]), "mask: expected dtype code 3"),
         ("mae", 0, "mae is null"),
+        ("old_mae", 0, "old_mae is null"),
         ("sample_ids", 0, "sample_ids is null"),
         ("predicted", (8, 0, 4, [3], [1]), "predicted has rows of 3"),
     ],
@@ -198,6 +206,7 @@ def test_bad_arguments_are_named(argument, value, message):
     rows = (8, 0, 4, [4], [1])
     good = {
         "predicted": rows,
+        "old": rows,
         "target_kind": 1,
         "target": rows,
         "sample_ids": 8,
@@ -214,6 +223,8 @@ def test_bad_arguments_are_named(argument, value, message):
         "mse": 8,
         "mae": 8,
         "kl": 8,
+        "old_mse": 8,
+        "old_mae": 8,
         "threads": 1,
     }
     with pytest.raises(ValueError, match=f"^{message}"):
@@ -222,7 +233,7 @@ def test_bad_arguments_are_named(argument, value, message):
 
 def statistics_of_a_large_batch():
     inputs = image_inputs(batch=8)
-    return torch.stack(ops.residual_stats(*inputs))
+    return torch.stack(ops.residual_stats(*inputs)[:3])
 
 
 def test_calls_from_several_threads_at_once():
@@ -251,3 +262,9 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+def test_an_overflowing_loss_scale_leaves_dropped_samples_at_zero():
+    inputs, slopes = image_inputs(), torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 2.0]])
+    grad = ops.residual_grad(*inputs, *slopes, torch.tensor(torch.inf))
+    assert not grad[1].any() and grad[0].isinf().any() and grad[2].isinf().any()

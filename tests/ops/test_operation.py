@@ -98,6 +98,6 @@ def test_forward_mode_is_refused(inputs):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_trace_keeps_the_operator(inputs):
     _, f, old, *_ = inputs
-    rest = (old, None, None, None, 0, 0, None, None, 1.0, None, "v")
+    rest = (old, None, None, None, 0, 0, None, None, 1.0, None, "v", None)
     traced = torch.jit.trace(lambda f: ops.residual_stats(f, *rest)[0], f)
     torch.testing.assert_close(traced(2 * f), crd_fast.residual_stats(2 * f, old).mse)

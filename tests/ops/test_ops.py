@@ -13,7 +13,7 @@ SHAPE = (3, 4, 5)
 
 
 def residual_arguments(
-    *, dtype=torch.float32, seeded=False, masked=False, ref=True, guided=True, grad=False, layout=None
+    *, dtype=torch.float32, seeded=False, masked=False, ref=True, guided=True, grad=False, layout=None, old=False
 ):
     predicted = torch.randn(SHAPE).to(dtype)
     if layout is not None:
@@ -32,6 +32,7 @@ def residual_arguments(
         guidance_scale=4.5 if ref and guided else 1.0,
         mask=torch.rand(shape) < 0.7 if masked else None,
         prediction="eps" if seeded else "v",
+        old=torch.randn(shape).to(dtype) if old else None,
     )
 
 
@@ -44,6 +45,7 @@ VARIANTS = [
     {"dtype": torch.bfloat16, "seeded": True, "masked": True},
     {"dtype": torch.float64},
     {"layout": torch.channels_last},
+    {"old": True, "masked": True},
 ]
 
 
@@ -55,7 +57,7 @@ def test_opcheck_residual_stats(variant, grad):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_opcheck_residual_grad(variant):
-    arguments = (*residual_arguments(**variant), torch.randn(3), torch.randn(3))
+    arguments = (*residual_arguments(**variant), torch.randn(3), torch.randn(3), torch.randn(()))
     torch.library.opcheck(torch.ops.crd_fast.residual_grad.default, arguments)
 
 
@@ -79,7 +81,7 @@ def test_gradcheck_residual_stats(variant):
     inputs = residual_arguments(**variant, dtype=torch.float64)
 
     def differentiable(predicted):
-        mse, _, kl = ops.residual_stats(*inputs._replace(predicted=predicted))
+        mse, _, kl, *_ = ops.residual_stats(*inputs._replace(predicted=predicted))
         return mse, kl
 
     assert torch.autograd.gradcheck(differentiable, inputs.predicted.detach().requires_grad_())
@@ -92,7 +94,7 @@ def test_gradcheck_noise():
 
 
 def test_mae_is_not_differentiable():
-    mse, mae, kl = ops.residual_stats(*residual_arguments(grad=True))
+    mse, mae, kl, *_ = ops.residual_stats(*residual_arguments(grad=True))
     assert mse.requires_grad and kl.requires_grad and not mae.requires_grad
 
 
@@ -116,7 +118,7 @@ def test_fullgraph_compilation(variant):
     inputs = residual_arguments(**variant)
 
     def step(predicted):
-        mse, mae, kl = ops.residual_stats(*inputs._replace(predicted=predicted))
+        mse, mae, kl, *_ = ops.residual_stats(*inputs._replace(predicted=predicted))
         return (mse / mae + kl).sum()
 
     eager, compiled = (inputs.predicted.clone().requires_grad_() for _ in range(2))

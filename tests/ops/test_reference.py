@@ -159,7 +159,7 @@ def test_gradient_is_that_of_the_statistics(variant):
         mean((factor * (f - y)).abs()),
         mean((factor * (f - anchor)) ** 2),
     )
-    torch.testing.assert_close(reference.residual_stats(inputs), (mse.detach(), mae.detach(), kl.detach()))
+    torch.testing.assert_close(reference.residual_stats(inputs)[:3], (mse.detach(), mae.detach(), kl.detach()))
     alpha, gamma = torch.randn(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     (expected,) = torch.autograd.grad((alpha * mse + gamma * kl).sum(), f)
     torch.testing.assert_close(reference.residual_grad(inputs, alpha, gamma), expected)
