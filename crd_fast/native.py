@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 BUILD_COMMAND = f"{sys.executable} -m pip install --no-deps --force-reinstall -e ."
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 @functools.cache
@@ -110,9 +110,13 @@ def residual_stats(inputs: ResidualInputs, factor: Tensor | None, count: Tensor 
     of_old = 0 if inputs.old is None else batch
     stats = tuple(torch.empty(size) for size in (batch, batch, batch, of_old, of_old))
     predicted, *rest = _residual_arguments(inputs)
+    old = None
+    if inputs.old is not None:
+        axes = _memory_order(inputs)
+        old = _rows("old", _ordered(inputs.old, axes), _ordered(inputs.predicted, axes))
     extension().residual_stats(
         predicted,
-        None if inputs.old is None else _rows("old", _ordered(inputs, inputs.old), _ordered(inputs, inputs.predicted)),
+        old,
         *rest,
         _optional_vector("factor", factor, batch, torch.float64),
         _optional_vector("count", count, batch, torch.float64),
@@ -140,6 +144,7 @@ def residual_grad(
     count and errors as in `residual_stats`.
     """
     batch, dim = _sizes("predicted", inputs.predicted)
+    axes = _memory_order(inputs)
     scalar = upstream is not None and upstream.dim() == 0
     if upstream is not None and scalar:
         upstream = upstream.view(1)
@@ -153,7 +158,7 @@ def residual_grad(
         _optional_vector("grad_kl", grad_kl, batch, torch.float32),
         _optional_vector("upstream", upstream, 1 if scalar else batch, torch.float32),
         not scalar,
-        _rows("grad", _ordered(inputs, out), _ordered(inputs, inputs.predicted)),
+        _rows("grad", _ordered(out, axes), _ordered(inputs.predicted, axes)),
         torch.get_num_threads(),
     )
 
@@ -223,16 +228,17 @@ def _residual_arguments(inputs: ResidualInputs) -> tuple[Any, ...]:
     """The arguments that sums and gradient share, up to the mask."""
     kind = _TENSOR if inputs.target is not None else {"v": _VELOCITY, "x0": _CLEAN, "eps": _NOISE}[inputs.prediction]
     target = {_TENSOR: inputs.target, _NOISE: None}.get(kind, inputs.x0)
-    predicted = _ordered(inputs, inputs.predicted)
+    axes = _memory_order(inputs)
+    predicted = _ordered(inputs.predicted, axes)
 
     def rows(name: str, tensor: Tensor | None) -> _Rows | None:
-        return None if tensor is None else _rows(name, _ordered(inputs, tensor), predicted)
+        return None if tensor is None else _rows(name, _ordered(tensor, axes), predicted)
 
     sample_ids = 0
     if kind in (_VELOCITY, _NOISE):
         if inputs.sample_ids is None:
             raise ValueError("residual op: expected a target tensor, or all of x0, sigma and sample_ids")
-        _vector("sample_ids", inputs.sample_ids, len(predicted), torch.int64)
+        _vector("sample_ids", inputs.sample_ids, predicted.shape[0], torch.int64)
         sample_ids = inputs.sample_ids.data_ptr()
     mask = None if inputs.mask is None else inputs.mask.expand(inputs.predicted.shape)
     return (
@@ -249,16 +255,19 @@ def _residual_arguments(inputs: ResidualInputs) -> tuple[Any, ...]:
     )
 
 
-def _ordered(inputs: ResidualInputs, tensor: Tensor) -> Tensor:
-    """`tensor` with its axes in the memory order of `predicted`, where the order of elements is free.
+def _memory_order(inputs: ResidualInputs) -> tuple[int, ...] | None:
+    """The axes of `predicted` in the order of memory, None where elements are walked in their logical order.
 
-    It is free when the target is a tensor; noise belongs to an element's place in the logical order.
+    Any order is as good when the target is a tensor; noise belongs to an element's place in the logical order.
     """
     predicted = inputs.predicted
     if inputs.target is None or predicted.is_contiguous():
-        return tensor
-    axes = sorted(range(1, predicted.ndim), key=predicted.stride, reverse=True)
-    return tensor.permute(0, *axes)
+        return None
+    return (0, *sorted(range(1, predicted.ndim), key=predicted.stride, reverse=True))
+
+
+def _ordered(tensor: Tensor, axes: tuple[int, ...] | None) -> Tensor:
+    return tensor if axes is None else tensor.permute(axes)
 
 
 # Address, dtype code, elements between rows, sizes and strides of a row's axes.
@@ -281,7 +290,7 @@ def _rows(name: str, tensor: Tensor, like: Tensor) -> _Rows:
     if tensor.shape != like.shape:
         raise ValueError(f"{name} is {tuple(tensor.shape)}; expected {tuple(like.shape)}")
     if tensor.is_contiguous():
-        dim = tensor.stride(0) if len(tensor) > 1 else tensor.numel()
+        dim = tensor.stride(0) if tensor.shape[0] > 1 else tensor.numel()
         return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], dim, [dim], [1]
     sizes: list[int] = []
     strides: list[int] = []

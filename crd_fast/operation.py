@@ -73,11 +73,19 @@ class Operation:
         _refuse_transforms(arguments[0])
         if arguments[0].device.type not in self.kernels or _someone_listens():
             return False
-        return all(not isinstance(argument, Tensor) or type(argument) in PLAIN_TYPES for argument in arguments)
+        for argument in arguments:  # a loop, as everything on the way of a call counts
+            if isinstance(argument, Tensor) and type(argument) not in PLAIN_TYPES:
+                return False
+        return True
 
 
 def _is_differentiated(arguments: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    if not torch.is_grad_enabled():
+        return False
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.requires_grad:
+            return True
+    return False
 
 
 def _someone_listens() -> bool:

@@ -56,7 +56,7 @@ def _compiled(*dtypes: torch.dtype) -> bool:
     backend = os.environ.get("CRD_FAST_BACKEND", "auto")
     if backend not in BACKENDS:
         raise ConfigError(f"CRD_FAST_BACKEND={backend!r}: expected one of {', '.join(BACKENDS)} (unset means auto)")
-    return backend == "auto" and all(dtype in native.FLOAT_DTYPES for dtype in dtypes)
+    return backend == "auto" and native.FLOAT_DTYPES.issuperset(dtypes)
 
 
 def _triton() -> ModuleType:
@@ -72,7 +72,7 @@ def _triton() -> ModuleType:
 
 def _compiled_residual(inputs: ResidualInputs) -> bool:
     latents = (inputs.predicted, inputs.target, inputs.x0, inputs.ref, inputs.ref_uncond, inputs.old)
-    return _compiled(*(tensor.dtype for tensor in latents if tensor is not None))
+    return _compiled(*[tensor.dtype for tensor in latents if tensor is not None])
 
 
 # --- noise ------------------------------------------------------------------------------------------------
@@ -424,8 +424,9 @@ def objective_of_predictions(inputs: ResidualInputs, between: Between) -> Any:
 class _ObjectiveOfPredictions(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, predicted: Tensor, inputs: ResidualInputs, between: Between) -> tuple[Tensor, ...]:
-        given = between(residual_stats(*inputs))
-        loss, parts, samples, slopes, metrics = objective(*given)
+        device = predicted.device.type
+        given = between(residual_stats.kernels[device](*inputs))
+        loss, parts, samples, slopes, metrics = objective.kernels[device](*given)
         ctx.anchored = given.kl_coef != 0
         _save(ctx, inputs, slopes)
         ctx.mark_non_differentiable(parts, samples, slopes, metrics)
@@ -438,4 +439,6 @@ class _ObjectiveOfPredictions(torch.autograd.Function):
             return None, None, None
         inputs, (slopes,) = _saved(ctx)
         kl_slope = slopes[1] if ctx.anchored else None
-        return residual_grad(*inputs, slopes[0], kl_slope, grad_loss), None, None
+        # under create_graph the operator itself is called, which refuses to be differentiated once more
+        run = residual_grad if torch.is_grad_enabled() else residual_grad.kernels[inputs.predicted.device.type]
+        return run(*inputs, slopes[0], kl_slope, grad_loss), None, None

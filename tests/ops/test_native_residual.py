@@ -81,10 +81,20 @@ def doubled(inputs):
 @settings(max_examples=150, deadline=None)
 @given(cases())
 def test_statistics_equal_fp64_formulas(inputs):
-    got = ops.residual_stats(*inputs)
-    for value, truth in zip(got, reference.residual_stats(doubled(inputs)), strict=True):
-        # regenerated noise is 4 fp32 ulp from the formula's; the rest is fp32 arithmetic on fp64 sums
-        torch.testing.assert_close(value.double(), truth, rtol=2e-6, atol=1e-12)
+    got, truth = ops.residual_stats(*inputs), reference.residual_stats(doubled(inputs))
+    # Regenerated noise is 4 fp32 ulp from the formula's, which counts where a prediction comes close to it.
+    slack = torch.zeros(())
+    if inputs.target is None:
+        largest = reference._target(doubled(inputs), torch.float64).abs().flatten(1).amax(1)
+        slack = 4 * 2.0**-23 * largest * reference.factor_and_count(inputs, torch.float64)[0]
+    mse, mae, _, old_mse, old_mae = truth
+    of_old = 2 * old_mae * slack + slack**2 if len(old_mae) else old_mae
+    allowed = (2 * mae * slack + slack**2, slack, 0 * mae, of_old, slack)
+    for value, exact, extra in zip(got, truth, allowed, strict=True):
+        # the rest is fp32 arithmetic on fp64 sums
+        if len(value):
+            assert ((value.double() - exact).abs() <= 2e-6 * exact + 1e-12 + extra).all()
+    assert len(old_mse) == (0 if inputs.old is None else len(mse))
 
 
 @settings(max_examples=150, deadline=None)
