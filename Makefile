@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp)
 
-.PHONY: demo test bench kernels lint format clean
+.PHONY: demo test bench kernels sanitize lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/crd-fast train recipes/shapes.yaml $(ARGS)
@@ -21,6 +21,17 @@ bench: $(VENV)/.installed-dev
 # Registers, spills and access widths of every Triton kernel, compiled without a GPU.
 kernels: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.compiled_kernels $(ARGS)
+
+# The tests of the operations on a build whose bad accesses and undefined behaviour abort. Python itself is not
+# instrumented, so the sanitizer's runtime comes first and leaks, which Python's own start has, are not looked for.
+SANITIZED := build/sanitize
+sanitize: $(VENV)/.installed-dev
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCRD_SANITIZE=ON \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build $(SANITIZED)
+	LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libstdc++.so) \
+	  ASAN_OPTIONS=detect_leaks=0 CRD_FAST_TEST_EXTENSION=$$(echo $(CURDIR)/$(SANITIZED)/_C.*.so) \
+	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/ops tests/forward $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -40,7 +40,8 @@ def main(rank: int, world: int, folder: Path) -> None:
     answer = {"together": losses(**given, start=rank * batch, stop=(rank + 1) * batch, process_group=dist.group.WORLD)}
     if rank == 0:
         answer["alone"] = losses(**given, start=0, stop=batch, process_group=first_alone)
-    start, stop = ((0, batch - 1), (batch - 1, 2 * batch))[rank]
+    # the second rank has one sample more, the first one less
+    start, stop = rank * batch - (rank == 1), (rank + 1) * batch - (rank == 0)
     try:
         losses(**given, start=start, stop=stop, process_group=dist.group.WORLD)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Centering over two data-parallel ranks equals one rank that holds everything."""
+"""Centering over data-parallel ranks equals one rank that holds everything."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from . import rank_worker
 from .truth import random_case
 
-WORLD = 2
+WORLDS = {2: [3, 5], 4: [1, 3, 2, 2]}  # and the unequal batches of the last test
 BATCH = 8
 # Groups are split over the ranks; the large ids are one number as float64.
 GROUPS = [2**53, 2**53 + 1, 2**53, 5, 2**53 + 1, 2**53, 2**53 + 1, 2**53]
@@ -40,26 +40,31 @@ def given():
     return {"inputs": inputs, "configs": CONFIGS}
 
 
+@pytest.fixture(scope="module", params=WORLDS, ids="{} ranks".format)
+def world(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def answers(given, tmp_path_factory):
+def answers(given, world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(given, folder / "inputs.pt")
     ranks = [
         subprocess.Popen(
-            [sys.executable, rank_worker.__file__, str(rank), str(WORLD), str(folder)],
+            [sys.executable, rank_worker.__file__, str(rank), str(world), str(folder)],
             stderr=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[2],
         )
-        for rank in range(WORLD)
+        for rank in range(world)
     ]
     errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+    assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(errors)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world)]
 
 
 @pytest.mark.parametrize("index", range(len(CONFIGS)), ids=[str(config) for config in CONFIGS])
-def test_two_ranks_equal_one(given, answers, index):
+def test_the_ranks_equal_one(given, answers, index):
     loss, grad, implicit = rank_worker.losses(**given, start=0, stop=BATCH)[index]
     pieces = [answer["together"][index] for answer in answers]
     torch.testing.assert_close(sum(piece[0] for piece in pieces), loss)
@@ -67,20 +72,20 @@ def test_two_ranks_equal_one(given, answers, index):
     torch.testing.assert_close(torch.cat([piece[2] for piece in pieces]), implicit)
 
 
-def test_a_rank_alone_gives_something_else(given, answers):
+def test_a_rank_alone_gives_something_else(given, answers, world):
     """So the equality above is not for want of groups that the ranks share."""
-    alone = rank_worker.losses(**given, start=0, stop=BATCH // WORLD)
+    alone = rank_worker.losses(**given, start=0, stop=BATCH // world)
     together = answers[0]["together"]
     assert all((a[0] - b[0]).abs() > 1e-3 * a[0].abs() for a, b in zip(alone, together, strict=True))
 
 
-def test_only_the_given_group_takes_part(given, answers):
-    alone = rank_worker.losses(**given, start=0, stop=BATCH // WORLD)
+def test_only_the_given_group_takes_part(given, answers, world):
+    alone = rank_worker.losses(**given, start=0, stop=BATCH // world)
     for (loss, grad, _), (own_loss, own_grad, _) in zip(alone, answers[0]["alone"], strict=True):
         torch.testing.assert_close(own_loss, loss)
         torch.testing.assert_close(own_grad, grad)
 
 
-def test_unequal_batches_are_an_error_on_every_rank(answers):
+def test_unequal_batches_are_an_error_on_every_rank(answers, world):
     for answer in answers:
-        assert "process_group: expected one batch size on every rank, got [3, 5]" in answer["unequal"]
+        assert f"process_group: expected one batch size on every rank, got {WORLDS[world]}" in answer["unequal"]
