@@ -187,7 +187,7 @@ def objective(inputs: ObjectiveInputs) -> Objective:
     result = Objective(
         loss=torch.empty(shape),
         parts=torch.empty(2, *shape),
-        samples=torch.empty(2, batch),
+        samples=torch.empty(3, batch),
         slopes=torch.empty(2, batch),
         metrics=torch.empty(len(METRICS)),
     )

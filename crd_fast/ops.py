@@ -369,7 +369,7 @@ def _objective_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     inputs = ObjectiveInputs(*arguments)
     batch, dtype = inputs.mse.shape[0], reference_objective.objective_dtype(inputs.mse, inputs.old_mse)
     shape = (batch,) if inputs.reduction == "none" else ()
-    shapes = (shape, (2, *shape), (2, batch), (2, batch), (len(reference_objective.METRICS),))
+    shapes = (shape, (2, *shape), (3, batch), (2, batch), (len(reference_objective.METRICS),))
     loss, parts, samples, slopes, metrics = (inputs.mse.new_empty(shape, dtype=dtype) for shape in shapes)
     return loss, parts, samples, slopes, metrics
 

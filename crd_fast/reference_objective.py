@@ -71,8 +71,8 @@ class ObjectiveInputs(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """loss () or, for reduction "none", (B,); parts (2,) or (2, B): policy and KL loss; samples (2, B): implicit
-    reward and K, 0 where left out; slopes (2, B): dL/dE and dL/dK; metrics (16,) named by `METRICS`."""
+    """loss () or, for reduction "none", (B,); parts (2,) or (2, B): policy and KL loss; samples (3, B): implicit
+    reward and K, 0 where left out, and mapped reward; slopes (2, B): dL/dE and dL/dK; metrics (16,): `METRICS`."""
 
     loss: Tensor
     parts: Tensor
@@ -122,13 +122,6 @@ def objective_dtype(mse: Tensor, old_mse: Tensor) -> torch.dtype:
     return torch.promote_types(mse.dtype, old_mse.dtype)
 
 
-def rewards(inputs: ObjectiveInputs) -> Tensor:
-    """(3, B) that ranks exchange: mapped reward a, implicit reward r, and 1 for samples that count."""
-    samples = _samples(inputs)
-    a, (r, _) = _mapped_reward(samples.advantage, inputs.adv_clip), _implicit_reward(samples, inputs)
-    return torch.stack((a, r, samples.active.to(a.dtype)))
-
-
 def objective(inputs: ObjectiveInputs) -> Objective:
     """The loss with its slopes, written out: no autograd is involved."""
     samples = _samples(inputs)
@@ -157,7 +150,7 @@ def objective(inputs: ObjectiveInputs) -> Objective:
     return Objective(
         loss=parts[0] + parts[1],
         parts=parts,
-        samples=torch.stack((implicit, samples.kl)),
+        samples=torch.stack((implicit, samples.kl, mapped)),
         slopes=slopes,
         metrics=_metrics(samples, mapped, implicit, policy, kl, same, means[0], inputs),
     )

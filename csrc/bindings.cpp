@@ -3,12 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "instruction_set.h"
@@ -75,16 +77,25 @@ crd::Rows rows_of(const char* name, const std::optional<Tensor>& tensor, int64_t
   return rows;
 }
 
-// Rows that overlap would be written by several threads at once, elements that do by one twice.
+// Elements that overlap would be written twice, by several threads at once. They do not when, from the smallest stride
+// up, every axis steps over all that lies below it; the batch may be any of the axes.
 crd::Rows written_rows(const char* name, const Tensor& tensor, int64_t batch, int64_t dim) {
   const crd::Rows rows = rows_of(name, tensor, dim);
   if (rows.dtype == crd::Dtype::kMask) throw std::invalid_argument(std::string(name) + " is a mask; expected floats");
-  int64_t extent = 1;
-  for (int axis = 0; axis < rows.axes; ++axis) extent += (rows.sizes[axis] - 1) * rows.strides[axis];
-  if (extent < dim || (batch > 1 && rows.row_stride < dim)) {
-    throw std::invalid_argument(std::string(name) + " has a row stride of " + std::to_string(rows.row_stride) +
-                                " and rows spread over " + std::to_string(extent) + "; expected at least dim = " +
-                                std::to_string(dim) + " of both, or elements overlap");
+  std::vector<std::pair<int64_t, int64_t>> axes;  // stride, size
+  if (batch > 1) axes.emplace_back(rows.row_stride, batch);
+  for (int axis = 0; axis < rows.axes; ++axis) {
+    if (rows.sizes[axis] > 1) axes.emplace_back(rows.strides[axis], rows.sizes[axis]);
+  }
+  std::sort(axes.begin(), axes.end());
+  int64_t below = 0;  // the farthest element reached without the axis at hand
+  for (const auto& [stride, size] : axes) {
+    if (stride <= below) {
+      throw std::invalid_argument(std::string(name) + " has a stride of " + std::to_string(stride) + " over " +
+                                  std::to_string(size) + " elements where others reach " + std::to_string(below) +
+                                  "; expected elements that do not overlap");
+    }
+    below += (size - 1) * stride;
   }
   return rows;
 }

@@ -44,6 +44,12 @@ double mapped_reward(double advantage, double clip) {
 // NaN stays NaN, as torch.clamp has it.
 double at_least(double value, double least) { return value < least ? least : value; }
 
+// volatile: GCC 12 at -O3 drops a conversion to float and back in a loop.
+double rounded_to_float(double value) {
+  const volatile float rounded = static_cast<float>(value);
+  return rounded;
+}
+
 Sample read_sample(const ObjectiveArgs& args, int64_t i) {
   Sample sample;
   sample.weight = args.sample_weights == nullptr ? 1.0 : args.sample_weights[i];
@@ -237,6 +243,13 @@ void run_objective(const ObjectiveArgs& args, const ObjectiveResults& results) {
   std::vector<Sample> samples;
   samples.reserve(static_cast<size_t>(args.batch));
   for (int64_t i = 0; i < args.batch; ++i) samples.push_back(read_sample(args, i));
+  if (args.member_ids != nullptr) {
+    // As they are among the members, so that a sample alone in its group is exactly at its mean.
+    for (Sample& sample : samples) {
+      sample.implicit = rounded_to_float(sample.implicit);
+      sample.reward = rounded_to_float(sample.reward);
+    }
+  }
   const std::vector<Group> groups = groups_of(sorted_members(args, samples), args.temperature);
   const ActiveMean mean(samples);
   const double divisor = args.reduction == Reduction::kMean ? mean.divisor() : 1.0;
@@ -247,6 +260,7 @@ void run_objective(const ObjectiveArgs& args, const ObjectiveResults& results) {
     finish_sample(args, groups, args.group_ids == nullptr ? 0 : args.group_ids[i], sample, &mse_slope, &kl_slope);
     results.samples[i] = static_cast<float>(sample.implicit);
     results.samples[args.batch + i] = static_cast<float>(sample.kl);
+    results.samples[2 * args.batch + i] = static_cast<float>(sample.reward);
     results.slopes[i] = static_cast<float>(mse_slope / divisor);
     results.slopes[args.batch + i] = static_cast<float>(kl_slope / divisor);
     const double own_policy = sample.active ? sample.policy : 0.0, own_anchor = sample.active ? sample.anchor : 0.0;

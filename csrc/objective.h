@@ -33,7 +33,7 @@ struct ObjectiveArgs {
 struct ObjectiveResults {
   float* loss;     // 1, or batch for kNone
   float* parts;    // (2,) or (2, batch): policy and KL loss
-  float* samples;  // (2, batch): implicit reward, K
+  float* samples;  // (3, batch): implicit reward, K, mapped reward
   float* slopes;   // (2, batch): dL/dE, dL/dK
   float* metrics;  // (kObjectiveMetrics,)
 };

@@ -18,8 +18,6 @@ torch.set_num_threads(2)
 torch.use_deterministic_algorithms(True)
 
 
-
-
 def _use_extension(path: str) -> None:
     """Another build of the extension than the installed one; `make sanitize` names its own."""
     spec = importlib.util.spec_from_file_location("crd_fast._C", path)

@@ -16,8 +16,9 @@ from crd_fast import checks
 def gather(group_ids: Tensor, members: Tensor, process_group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """group_ids (N,) and members (3, N) of every rank of `process_group`, in rank order, through one all-gather.
 
-    group_ids: (B,) int64. members: (3, B) of `reference_objective.rewards`. Rows are four int64: the id and the bits of
-    three float64. Ids therefore never pass through floating point, where those beyond 2^53 would merge.
+    group_ids: (B,) int64. members: (3, B): mapped reward, implicit reward, 1 for those that count. Rows are four int64:
+    the id and the bits of three float64. Ids therefore never pass through floating point, where those beyond 2^53 would
+    merge.
 
     Raises:
         ValueError: ranks hold different batch sizes (looked at on CPU, elsewhere with CRD_FAST_CHECKS=1).

@@ -20,7 +20,7 @@ from crd_fast import checks, ops
 from crd_fast.forward_process import Noised, ResidualStats, residual_inputs
 from crd_fast.losses import centering
 from crd_fast.losses.config import CRDConfig
-from crd_fast.reference_objective import METRICS, ObjectiveInputs, rewards
+from crd_fast.reference_objective import METRICS, ObjectiveInputs
 
 DEFAULT_CONFIG = CRDConfig()
 
@@ -142,7 +142,7 @@ def loss(
     with _without_autocast(f_theta.device.type):
         value, parts, samples, _, metrics = ops.objective_of_predictions(inputs, between)
         policy_loss, kl_loss = parts.unbind()
-        implicit_reward, kl = samples.unbind()
+        implicit_reward, kl, _ = samples.unbind()
         return CRDOutput(
             loss=value,
             policy_loss=policy_loss,
@@ -214,10 +214,14 @@ def _check_samples(
 
 @torch.no_grad()
 def _with_other_ranks(given: ObjectiveInputs, process_group: dist.ProcessGroup) -> ObjectiveInputs:
+    """With the rewards of every rank's samples, to the bit as the objective will compute them for its own."""
+    mse = given.mse
+    _, _, (implicit, _, mapped), _, _ = ops.objective(*given)
+    active = torch.ones_like(mapped) if given.sample_weights is None else (given.sample_weights != 0).to(mapped.dtype)
     ids = given.group_ids
     if ids is None:
-        ids = torch.zeros(given.mse.shape[0], dtype=torch.int64, device=given.mse.device)
-    member_ids, members = centering.gather(ids, rewards(given), process_group)
+        ids = torch.zeros(mse.shape[0], dtype=torch.int64, device=mse.device)
+    member_ids, members = centering.gather(ids, torch.stack((mapped, implicit, active)), process_group)
     return given._replace(member_ids=member_ids, members=members)
 
 

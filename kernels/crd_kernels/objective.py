@@ -115,7 +115,7 @@ def samples_kernel(
     p_members,  # (3, N) float32; unused without GATHERED
     p_loss,  # (B,), written for NONE alone
     p_parts,  # (2, B), written for NONE alone
-    p_samples,  # (2, B)
+    p_samples,  # (3, B): implicit reward, K, mapped reward
     p_slopes,  # (2, B)
     p_terms,  # (4, B): policy loss, KL loss, centered implicit reward, 1 for a group of one
     batch,
@@ -241,6 +241,7 @@ def samples_kernel(
 
     tl.store(p_samples + i, implicit, mask=m)
     tl.store(p_samples + batch + i, kl, mask=m)
+    tl.store(p_samples + 2 * batch + i, reward, mask=m)
     tl.store(p_terms + i, policy, mask=m)
     tl.store(p_terms + batch + i, anchor, mask=m)
     tl.store(p_terms + 2 * batch + i, implicit - first_mean, mask=m)
@@ -276,7 +277,7 @@ def totals_kernel(
     p_advantages,
     p_weights,
     p_kl_weights,
-    p_samples,  # (2, B)
+    p_samples,  # (3, B)
     p_terms,  # (4, B)
     p_loss,  # (); not written for NONE
     p_parts,  # (2,); not written for NONE
@@ -400,7 +401,7 @@ def objective(
         return mse if tensor is None else tensor.contiguous()
 
     loss, parts, metrics = empty(*shape), empty(2, *shape), empty(METRICS)
-    samples, slopes, terms = empty(2, batch), empty(2, batch), empty(4, batch)
+    samples, slopes, terms = empty(3, batch), empty(2, batch), empty(4, batch)
     mse, mae, old_mse, old_mae, advantages = (dense(t) for t in (mse, mae, old_mse, old_mae, advantages))
     weights, kl_weighting = dense(sample_weights), dense(kl_weights)
     centering = 0 if math.isinf(temperature) else 2 if temperature == 0 else 1

@@ -22,7 +22,11 @@ CONFIGS = [
     {"reduction": "sum", "temperature": 0.0},
     {"reduction": "sum", "centering": "batch"},
     {"reduction": "none"},
+    {"reduction": "none", "kl_coef": 0.0},
+    {"reduction": "none", "kl_coef": 0.0, "temperature": 0.3},
+    {"reduction": "none", "kl_coef": 0.0, "temperature": 0.0, "loss_type": "bce"},
 ]
+ALONE = GROUPS.index(5)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +81,13 @@ def test_a_rank_alone_gives_something_else(given, answers, world):
     alone = rank_worker.losses(**given, start=0, stop=BATCH // world)
     together = answers[0]["together"]
     assert all((a[0] - b[0]).abs() > 1e-3 * a[0].abs() for a, b in zip(alone, together, strict=True))
+
+
+def test_a_group_of_one_has_exactly_no_policy_gradient(answers):
+    for index, config in enumerate(CONFIGS):
+        if config.get("kl_coef") == 0.0:
+            grad = torch.cat([answer["together"][index][1] for answer in answers])
+            assert not grad[ALONE].any() and grad[0].any()
 
 
 def test_only_the_given_group_takes_part(given, answers, world):

@@ -278,3 +278,23 @@ def test_an_overflowing_loss_scale_leaves_dropped_samples_at_zero():
     inputs, slopes = image_inputs(), torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 2.0]])
     grad = ops.residual_grad(*inputs, *slopes, torch.tensor(torch.inf))
     assert not grad[1].any() and grad[0].isinf().any() and grad[2].isinf().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axes", [(1, 0, 2, 3), (3, 1, 2, 0), (2, 0, 3, 1)])
+def test_the_batch_may_be_any_axis_in_memory(dtype, axes):
+    """As einsum leaves it; the gradient has the layout of the prediction."""
+    shape = (4, 3, 5, 6)
+    inverse = sorted(range(4), key=axes.__getitem__)
+
+    def tensor():
+        return torch.randn([shape[axis] for axis in axes]).permute(inverse).to(dtype)
+
+    predicted, target, ref = tensor(), tensor(), tensor()
+    assert not predicted.is_contiguous()
+    inputs = ResidualInputs(predicted, target, None, None, None, 0, 0, ref, None, 1.0, None, "v")
+    dense = inputs._replace(predicted=predicted.contiguous())
+    slopes = torch.rand(2, 4)
+    got = ops.residual_grad(*inputs, *slopes, None)
+    assert got.stride() == predicted.stride()
+    torch.testing.assert_close(got, ops.residual_grad(*dense, *slopes, None), rtol=0, atol=0)
