@@ -179,9 +179,19 @@ def run(
     return rows, refused
 
 
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        shape = ()
+    if len(shape) < 2 or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"expected a batch and latent sizes as in 24,16,64,64, got {text!r}")
+    return shape
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="24,16,64,64", help="batch and latent, comma separated")
+    parser.add_argument("--shape", type=_shape, default="24,16,64,64", help="batch and latent, comma separated")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="folder for CSV, JSON and the plot")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -189,8 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=list(WORKLOADS), action="append", help="this operation; may be repeated")
     given = parser.parse_args(arguments)
     device = torch.device(given.device)
-    shape = tuple(int(size) for size in given.shape.split(","))
-    rows, refused = run(shape, device, not given.no_compile, given.only or list(WORKLOADS))
+    rows, refused = run(given.shape, device, not given.no_compile, given.only or list(WORKLOADS))
     show(rows)
     for line in refused:
         print(f"refused, its check failed: {line}", file=sys.stderr)

@@ -63,6 +63,13 @@ def test_no_number_without_a_passing_check(
     assert "crd_fast" not in printed.out and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("shape", ["24,a", "24", "0,4", ""])
+def test_a_shape_that_is_none_is_refused(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tables.main(["--shape", shape])
+    assert f"expected a batch and latent sizes as in 24,16,64,64, got {shape!r}" in capsys.readouterr().err
+
+
 def test_a_missed_figure_is_named() -> None:
     row = {
         "operation": "loss forward+backward",

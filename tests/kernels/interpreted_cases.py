@@ -5,10 +5,12 @@ The interpreter is chosen when a kernel is decorated, so TRITON_INTERPRET=1 must
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crd_fast import kernels, native, ops, reference, reference_objective
 from crd_fast.reference import ResidualInputs
@@ -202,3 +204,74 @@ def test_objective_equals_fp64_formulas(index):
         # no more than twice the error of the same formulas in fp32, and 1e-6 of the size of what is added up
         allowed = 2 * (rounded - exact).abs().max() + 1e-6 * (1 + exact.abs().max())
         assert (got - exact).abs().max() <= allowed, name
+
+
+# --- launches -----------------------------------------------------------------------------------------------
+
+
+class Work(TorchDispatchMode):
+    """Names of PyTorch's operators that would launch something on a GPU: not those that allocate or make views."""
+
+    FREE = {
+        "empty",
+        "empty_like",
+        "new_empty",
+        "permute",
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "detach",
+        "select",
+        "unbind",
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in self.FREE and not self.in_kernel:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+class Counted:
+    """A kernel that logs its launches."""
+
+    def __init__(self, kernel, name, log, work):
+        self.kernel, self.name, self.log, self.work = kernel, name, log, work
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.log.append(self.name)
+            self.work.in_kernel = True
+            self.kernel[grid](*arguments, **options)
+            self.work.in_kernel = False
+
+        return launch
+
+
+@pytest.mark.parametrize("old_is_a_prediction", [True, False])
+@pytest.mark.parametrize("index", [0, 5])
+def test_a_loss_is_four_launches_forward_and_one_backward(monkeypatch, old_is_a_prediction, index):
+    torch.use_deterministic_algorithms(False)  # whose filling of new tensors is a launch
+    launched, work = [], Work()
+    for module, names in (
+        ("residual", ("partial_sums_kernel", "finalise_kernel", "grad_kernel")),
+        ("objective", ("samples_kernel", "totals_kernel")),
+    ):
+        room = importlib.import_module(f"crd_fast.kernels.{module}")
+        for name in names:
+            monkeypatch.setattr(room, name, Counted(getattr(room, name), name, launched, work))
+    inputs = residual_case((3, 40), index == 5, "v", torch.bfloat16, True, True, None, old=old_is_a_prediction)
+    objective = OBJECTIVES[index]
+    with monkeypatch.context() as patched:
+        patched.setattr(ops, "_triton", lambda: kernels)
+        with work:
+            mse, _, kl, _, _ = ops._residual_stats_cuda(*inputs)
+            ops._objective_cuda(*objective)
+            assert launched == ["partial_sums_kernel", "finalise_kernel", "samples_kernel", "totals_kernel"]
+            ops._residual_grad_cuda(*inputs, mse, kl, mse.new_empty(()))
+    assert launched[4:] == ["grad_kernel"]
+    assert work.names == []
