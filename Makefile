@@ -22,16 +22,18 @@ bench: $(VENV)/.installed-dev
 kernels: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.compiled_kernels $(ARGS)
 
-# The tests of the operations on a build whose bad accesses and undefined behaviour abort. Python itself is not
+# The tests of the C++ operations on a build whose bad accesses and undefined behaviour abort. Python itself is not
 # instrumented, so the sanitizer's runtime comes first and leaks, which Python's own start has, are not looked for.
 SANITIZED := build/sanitize
+SANITIZED_TESTS := tests/ops/test_native_noise.py tests/ops/test_native_residual.py tests/ops/test_objective.py \
+  tests/ops/test_philox.py tests/forward/test_noise.py
 sanitize: $(VENV)/.installed-dev
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCRD_SANITIZE=ON \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	$(BIN)/cmake --build $(SANITIZED)
 	LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libstdc++.so) \
 	  ASAN_OPTIONS=detect_leaks=0 CRD_FAST_TEST_EXTENSION=$$(echo $(CURDIR)/$(SANITIZED)/_C.*.so) \
-	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/ops tests/forward $(ARGS)
+	  $(BIN)/python -m pytest -q -p no:cacheprovider $(SANITIZED_TESTS) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
