@@ -3,8 +3,7 @@
     python -m benchmarks.tables [--shape 24,16,64,64] [--device cpu] [--out FOLDER]
 
 Prints time, ratio, bandwidth and memory; with --out also writes operations.csv, operations.json and bandwidth.png.
-Exits 1 when an operation's check fails, or with --require when a figure is missed: a ratio to the eager formula, which
-an operation need not reach that runs at the speed of a copy already, and memory.
+Exits 1 when an operation's check fails, or with --require when a figure is missed.
 """
 
 from __future__ import annotations
@@ -36,8 +35,6 @@ REQUIRED_RATIO = {
     ("loss forward+backward", "bf16"): 10.0,
 }
 REQUIRED_MEMORY = 1.1
-# An operation that moves its bytes this fast beside a copy has met its figure: what is left is the memory's.
-SPEED_OF_LIGHT = 0.85
 
 
 def rows_of(
@@ -93,10 +90,10 @@ def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
         if row["side"] != "crd_fast":
             continue
         wanted = REQUIRED_RATIO.get((row["operation"], row["dtype"]))
-        if wanted is not None and row["speedup_over_eager"] < wanted and row["share_of_copy"] < SPEED_OF_LIGHT:
+        if wanted is not None and row["speedup_over_eager"] < wanted:
             short.append(
-                f"{row['operation']} {row['dtype']}: {row['speedup_over_eager']:.2f}x eager and "
-                f"{row['share_of_copy']:.0%} of copy bandwidth, wanted {wanted:g}x or {SPEED_OF_LIGHT:.0%}"
+                f"{row['operation']} {row['dtype']}: {row['speedup_over_eager']:.2f}x eager, wanted {wanted:g}x; "
+                f"it runs at {row['share_of_copy']:.0%} of copy bandwidth"
             )
         if row["operation"].startswith("loss") and row["peak_latents"] > REQUIRED_MEMORY:
             short.append(
