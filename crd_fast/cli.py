@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNGs (default: samples)")
     sample.add_argument("--count", type=int, default=1, help="images per prompt")
     sample.add_argument("--steps", type=int, default=20)
-    sample.add_argument("--guidance-scale", type=float, default=1.0)
+    sample.add_argument("--guidance-scale", type=float, default=None, help="as in the pipeline; default: none")
     sample.add_argument("--max-sequence-length", type=int, default=None, help="text tokens of a T5 encoder")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--device", default=None)

@@ -14,6 +14,8 @@ from crd_fast.forward_process import noise
 # Stream of the draws that start a rollout; training draws count up from 0.
 ROLLOUT_STREAM = 2**31 - 1
 
+SOLVERS = ("euler", "multistep")
+
 
 @dataclass(frozen=True)
 class RolloutBatch:
@@ -43,41 +45,58 @@ def generate(
     start: Tensor,
     *,
     steps: int,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | None = None,
+    solver: str = "euler",
     unconditional: Conditioning | None = None,
     batch: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Clean latents (N, *latent) from Gaussian `start` by Euler steps on the pipeline's own noise levels.
+    """Clean latents (N, *latent) from Gaussian `start`, in steps between the pipeline's own noise levels.
 
-    guidance_scale: w of u + w (c - u); 1 uses the conditional velocity alone, otherwise `unconditional`, the
-    embeddings of one empty prompt, is needed. batch: samples at a time. on_batch: called with samples done.
+    guidance_scale: as the pipeline understands it; None, or the family's `unguided_scale`, uses the conditional
+    velocity alone, otherwise `unconditional`, the embeddings of one empty prompt, is needed. solver: "euler", or
+    "multistep", which takes the slope between this velocity and the last into account (Adams-Bashforth of second
+    order). batch: samples at a time. on_batch: called with samples done.
 
-    Raises ValueError when guidance is asked for without `unconditional`.
+    Raises ValueError for an unknown solver, or guidance without `unconditional`; ConfigError for guidance that the
+    family does not have.
     """
-    if guidance_scale != 1.0 and unconditional is None:
-        raise ValueError(f"guidance_scale is {guidance_scale}: give the unconditional embeddings, or use 1")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver is {solver!r}: expected one of {', '.join(SOLVERS)}")
+    scale = backbone.unguided_scale if guidance_scale is None else guidance_scale
+    guided = backbone.is_guided(scale)
+    if guided and unconditional is None:
+        raise ValueError(f"guidance_scale is {scale}: give the unconditional embeddings, or leave guidance out")
+    first = backbone.start_scale(steps)
     sigmas = backbone.rollout_sigmas(steps)
     size = batch or len(start)
     clean = torch.empty_like(start)
     for begin in range(0, len(start), size):
         rows = slice(begin, min(begin + size, len(start)))
-        x = start[rows].float()
+        x = start[rows].float() * first
         prompts = conditioning[rows]
-        count = len(x)
-        if guidance_scale != 1.0 and unconditional is not None:
-            prompts = Conditioning.cat([unconditional.expand(count), prompts])
+        if guided and unconditional is not None:
+            prompts = Conditioning.cat([unconditional.expand(len(x)), prompts])
+        before: tuple[Tensor, float] | None = None  # velocity and step length
         for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
-            x = x + (following - sigma) * _velocity(backbone, x, sigma, prompts, guidance_scale)
+            velocity = _velocity(backbone, x, sigma, prompts, scale, guided)
+            step = following - sigma
+            slope = velocity
+            if solver == "multistep" and before is not None:
+                slope = velocity + (velocity - before[0]) * (step / (2 * before[1]))
+            x = x + step * slope
+            before = velocity, step
         clean[rows] = x
         if on_batch is not None:
             on_batch(rows.stop)
     return clean
 
 
-def _velocity(backbone: Backbone, x: Tensor, sigma: float, prompts: Conditioning, guidance_scale: float) -> Tensor:
-    if guidance_scale == 1.0:
+def _velocity(
+    backbone: Backbone, x: Tensor, sigma: float, prompts: Conditioning, guidance_scale: float, guided: bool
+) -> Tensor:
+    if not guided:
         return backbone.predict(x, torch.full((len(x),), sigma, device=x.device), prompts).float()
     both = backbone.predict(torch.cat([x, x]), torch.full((2 * len(x),), sigma, device=x.device), prompts)
-    unconditional, conditional = both.float().chunk(2)
-    return unconditional + guidance_scale * (conditional - unconditional)
+    unconditional, conditional = both.chunk(2)
+    return backbone.guide(conditional, unconditional, guidance_scale)

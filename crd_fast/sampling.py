@@ -34,12 +34,12 @@ def sample_to_folder(
     out: Path,
     count: int,
     steps: int,
-    guidance_scale: float,
+    guidance_scale: float | None,
     max_sequence_length: int | None,
     seed: int,
     device: str | None,
 ) -> list[Path]:
-    """Write `count` PNGs a prompt to `out`; returns their paths. The same seed gives the same images.
+    """Write `count` PNGs a prompt, animated ones of videos, to `out`; returns their paths. A seed gives the same again.
 
     Raises ConfigError or CheckpointError for a model, LoRA or number that does not fit.
     """
@@ -47,7 +47,8 @@ def sample_to_folder(
         raise ConfigError(f"count {count} and steps {steps}: expected at least 1")
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if chosen.startswith("cuda") else torch.float32
-    backbone = backbones.load(model, device=chosen, dtype=dtype, max_sequence_length=max_sequence_length)
+    options = backbones.LoadOptions(torch.device(chosen), dtype, max_sequence_length)
+    backbone = backbones.load(model, options=options)
     adapter = None if lora is None else load_file(find_lora(lora))
     bank = _bank(backbone, adapter)
     embedded = backbone.encode_prompts(["", *prompts])
@@ -68,9 +69,13 @@ def sample_to_folder(
     out.mkdir(parents=True, exist_ok=True)
     files = []
     for index, latent in enumerate(latents.split(1)):
-        pixels = (backbone.decode(latent)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
+        pictures = backbone.decode(latent)[0]  # (3, H, W), or (F, 3, H, W) of a video
+        frames = pictures if pictures.ndim == 4 else pictures[None]
+        pixels = (frames.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
+        first, *others = (Image.fromarray(frame) for frame in pixels)
         files.append(out / f"{index:05d}.png")
-        Image.fromarray(pixels).save(files[-1])
+        # more than one frame makes an animated PNG
+        first.save(files[-1], save_all=bool(others), append_images=others, duration=1000 // 16, loop=0)
     return files
 
 

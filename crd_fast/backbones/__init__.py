@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crd_fast.backbones.base import Backbone, Conditioning
+from crd_fast.backbones.base import Backbone, Conditioning, LoadOptions
 from crd_fast.backbones.load import available, load
 
-__all__ = ["Backbone", "Conditioning", "available", "load"]
+__all__ = ["Backbone", "Conditioning", "LoadOptions", "available", "load"]

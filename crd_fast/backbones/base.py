@@ -1,70 +1,173 @@
-"""What the trainer asks of a model, whatever its family."""
+"""What the trainer asks of a model, whatever its family, and what all families share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from crd_fast.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Prompt embeddings of B prompts: token states (B, L, D) and a pooled vector (B, P)."""
+    """Prompt embeddings of B prompts by name, every tensor (B, ...): token states, pooled vectors, masks."""
 
-    context: Tensor
-    pooled: Tensor
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, rows: Tensor | slice) -> Conditioning:
-        return Conditioning(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()})
 
     def expand(self, rows: int) -> Conditioning:
         """One prompt's embeddings repeated for `rows` samples, without a copy."""
+        return Conditioning({name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Conditioning:
+        """On a device, floating tensors in `dtype`; masks and counts keep theirs."""
         return Conditioning(
-            *(getattr(self, f.name).expand(rows, *getattr(self, f.name).shape[1:]) for f in fields(self))
+            {
+                name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+                for name, tensor in self.tensors.items()
+            }
         )
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        return Conditioning(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Conditioning)))
+        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
 
 
-class Backbone(Protocol):
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a pipeline is loaded.
+
+    max_sequence_length: text tokens of encoders that pad; None is the pipeline's default. All prompts have this many,
+    so that shapes never change. resolution: image height and width in pixels; frames: of a video; None is the model's
+    own. distilled_guidance: what a guidance-distilled model is told (FLUX.1); None is the pipeline's default.
+    """
+
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    max_sequence_length: int | None = None
+    resolution: int | None = None
+    frames: int | None = None
+    distilled_guidance: float | None = None
+
+
+class Backbone(ABC):
     """A velocity model with its text encoders and autoencoder.
 
     Velocity is eps - x0 at x_t = (1 - sigma) x0 + sigma eps, sigma in [0, 1]; adapters fix the family's sign, time
-    scale and latent layout so that nothing above them has to know.
+    scale and latent layout so that nothing above them has to know. Latents have the layout that the model reads, so
+    that a step copies none.
     """
 
-    family: str
-    transformer: nn.Module
-    latent_shape: tuple[int, ...]
-    lora_targets: tuple[str, ...]
-    device: torch.device
-    dtype: torch.dtype
+    family: ClassVar[str]
+    # linear layers that a LoRA adapts by default: endings of their names
+    lora_targets: ClassVar[tuple[str, ...]]
+    # the model's lists of repeated blocks: what is compiled, recomputed and sharded one by one
+    block_lists: ClassVar[tuple[str, ...]]
+    # "linear": u + w (c - u) with w = linear_scale(guidance_scale); "rescaled": `guide` alone combines them;
+    # "distilled": the model takes a number instead, there is nothing to combine
+    guidance: ClassVar[str] = "linear"
+    # scale of a pipeline's `guidance_scale` argument at which nothing is combined
+    unguided_scale: ClassVar[float] = 1.0
+    # attribute of the pipeline that holds the velocity model, and the prefix of its layers in a LoRA file
+    component: ClassVar[str] = "transformer"
+    text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
 
+    latent_shape: tuple[int, ...]
+    transformer: nn.Module
+
+    def __init__(self, pipeline: Any, options: LoadOptions) -> None:
+        self.pipeline = pipeline
+        self.options = options
+        pipeline.set_progress_bar_config(disable=True)
+        self.transformer = getattr(pipeline, self.component).eval().requires_grad_(False)
+        self.config: Any = self.transformer.config
+        self.device = next(self.transformer.parameters()).device
+        self.dtype = options.dtype
+        vae = pipeline.vae.eval().requires_grad_(False)
+        if self.device.type == "cpu" and self.frames is None:
+            # CPU convolutions over small channel counts are faster in this layout
+            vae.to(memory_format=torch.channels_last)
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(cls, path: str, index: Mapping[str, Any], options: LoadOptions) -> Backbone:
+        """The adapter over a saved pipeline; `index` is its model_index.json. Raises ConfigError."""
+
+    # --- text ---
+
+    @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Embeddings of the prompts; the empty string gives the unconditional ones."""
-        ...
 
     def release_text_encoders(self) -> None:
         """Free the text encoders; `encode_prompts` raises afterwards."""
-        ...
+        for name in self.text_encoders:
+            setattr(self.pipeline, name, None)
 
+    def require_text_encoders(self) -> None:
+        """Raises RuntimeError when they were released."""
+        if all(getattr(self.pipeline, name) is None for name in self.text_encoders):
+            raise RuntimeError("the text encoders were released: encode all prompts first")
+
+    # --- velocity ---
+
+    @abstractmethod
     def predict(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """Velocity (B, *latent) at noise levels sigma (B,)."""
-        ...
+        """Velocity (B, *latent_shape) at noise levels sigma (B,)."""
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) float32 in [0, 1]."""
-        ...
+    def is_guided(self, guidance_scale: float) -> bool:
+        """Whether the pipeline's guidance_scale means that two predictions are combined.
 
+        Raises ConfigError where the family has no such guidance and the scale asks for it.
+        """
+        if self.guidance == "distilled" and guidance_scale != self.unguided_scale:
+            raise ConfigError(
+                f"guidance_scale is {guidance_scale}, but {self.family} was distilled to run without an unconditional "
+                f"prediction: set guidance_scale to {self.unguided_scale}, and model.distilled_guidance to the number "
+                "that the model is told"
+            )
+        return guidance_scale != self.unguided_scale
+
+    def linear_scale(self, guidance_scale: float) -> float:
+        """w of u + w (c - u) for the pipeline's guidance_scale, where guidance is linear."""
+        return guidance_scale
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+        """The two velocities combined as the family's pipeline does it, in fp32."""
+        conditional, unconditional = conditional.float(), unconditional.float()
+        return unconditional + self.linear_scale(guidance_scale) * (conditional - unconditional)
+
+    # --- sampling ---
+
+    @abstractmethod
     def rollout_sigmas(self, steps: int) -> Tensor:
-        """Noise levels (steps + 1,) from 1 to 0 as the pipeline's own scheduler spaces them."""
-        ...
+        """Noise levels (steps + 1,) in fp32, falling to 0, as the pipeline's own scheduler spaces them."""
+
+    def start_scale(self, steps: int) -> float:
+        """Standard deviation of x_t at the first of `rollout_sigmas`, where the pipeline starts from Gaussian noise."""
+        return 1.0
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """float32 in [0, 1]: images (B, 3, H, W), of a video model (B, frames, 3, H, W)."""
+
+    @property
+    def frames(self) -> int | None:
+        """Frames of a decoded video; None for images."""
+        return None
+
+    # --- adapters ---
 
     def save_lora(self, folder: str, state: dict[str, Tensor]) -> None:
         """Write `pytorch_lora_weights.safetensors`, loadable by the pipeline's `load_lora_weights`."""
-        ...
+        type(self.pipeline).save_lora_weights(folder, **{f"{self.component}_lora_layers": state})

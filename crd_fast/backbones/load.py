@@ -3,59 +3,43 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from crd_fast.backbones.base import Backbone
+from crd_fast.backbones.base import Backbone, LoadOptions
 from crd_fast.errors import ConfigError, nearest
 
-_PIPELINES = {"StableDiffusion3Pipeline": "sd3"}
+# pipeline class -> (family, module of its adapter, class): imported when such a pipeline is loaded
+_ADAPTERS = {
+    "StableDiffusion3Pipeline": ("sd3", "sd3", "SD3Backbone"),
+}
 
 
 def available() -> list[str]:
     """Names of the model families with an adapter."""
-    return sorted(set(_PIPELINES.values()))
+    return sorted({family for family, _, _ in _ADAPTERS.values()})
 
 
-def load(
-    path: str,
-    family: str | None = None,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    max_sequence_length: int | None = None,
-    resolution: int | None = None,
-) -> Backbone:
+def load(path: str, family: str | None = None, options: LoadOptions | None = None) -> Backbone:
     """Load a diffusers pipeline from a local folder or hub id behind its family's adapter.
 
     family: checked against the pipeline's own class; None takes it from there.
-    max_sequence_length: text tokens of encoders that pad (T5); None is the pipeline's default.
-    resolution: image height and width in pixels; None is the model's own.
 
     Raises ConfigError: no such folder and not a hub id that can be fetched (the wanted file is named), a pipeline of
     a family without an adapter, or `family` given and different.
     """
     index = _pipeline_index(path)
-    pipeline = index.get("_class_name")
-    found = _PIPELINES.get(str(pipeline))
-    if found is None:
-        raise ConfigError(f"model.path {path} is a {pipeline}: expected one of {', '.join(sorted(_PIPELINES))}")
+    pipeline = str(index.get("_class_name"))
+    if pipeline not in _ADAPTERS:
+        raise ConfigError(f"model.path {path} is a {pipeline}: expected one of {', '.join(sorted(_ADAPTERS))}")
+    found, module, adapter = _ADAPTERS[pipeline]
     if family is not None and family not in available():
         raise ConfigError(f"model.family is {family!r}{nearest(family, available())}")
     if family is not None and family != found:
         raise ConfigError(f"model.family is {family!r} but {path} is a {pipeline}: set model.family to {found!r}")
-    from crd_fast.backbones.sd3 import SD3Backbone
-
-    return SD3Backbone.from_pretrained(
-        path,
-        index,
-        device=torch.device(device),
-        dtype=dtype,
-        max_sequence_length=max_sequence_length,
-        resolution=resolution,
-    )
+    backbone: type[Backbone] = getattr(import_module(f"crd_fast.backbones.{module}"), adapter)
+    return backbone.from_pretrained(path, index, options or LoadOptions())
 
 
 def _pipeline_index(path: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def evaluate(
     *,
     images: int,
     steps: int,
-    guidance_scale: float,
+    guidance_scale: float | None,
     batch: int,
     seed: int,
     on_batch: Callable[[int], None],

@@ -121,6 +121,24 @@ def score_batch(
     return {key: check_scores(key, value, prompts) for key, value in scores.items()}
 
 
+def score_frames(
+    reward: Reward, videos: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+) -> dict[str, Tensor]:
+    """`score_batch` of videos (B, F, 3, H, W): a video's score is the mean over its frames.
+
+    Returns float32 (B,) CPU tensors. Raises RewardError as `score_batch` does; an item is then a frame, videos in
+    order, F frames each.
+    """
+    count, frames = videos.shape[:2]
+    scores = score_batch(
+        reward,
+        videos.flatten(0, 1),
+        [prompt for prompt in prompts for _ in range(frames)],
+        [entry for entry in metadata for _ in range(frames)],
+    )
+    return {name: value.view(count, frames).mean(1) for name, value in scores.items()}
+
+
 def _positions(mask: Tensor) -> str:
     indices = mask.nonzero().flatten().tolist()
     shown = ", ".join(map(str, indices[:5])) + (", ..." if len(indices) > 5 else "")

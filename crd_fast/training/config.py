@@ -17,17 +17,20 @@ from crd_fast.errors import ConfigError, nearest
 from crd_fast.losses.config import CRDConfig
 from crd_fast.rewards import registry
 from crd_fast.rewards.aggregate import RewardSpec
+from crd_fast.rollout import SOLVERS
 from crd_fast.snapshots import DecaySchedule
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """path: pipeline folder or hub id; family: None reads it from the pipeline; resolution in pixels."""
+    """path: pipeline folder or hub id; family: None reads it from the pipeline; the others as in `LoadOptions`."""
 
     path: str
     family: str | None = None
     max_sequence_length: int | None = None
     resolution: int | None = None
+    frames: int | None = None
+    distilled_guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class RewardSettings:
 class AlgorithmSettings(CRDConfig):
     """The loss's settings, and how its inputs are made.
 
-    guidance_scale: of the anchor, w of u + w (c - u).
+    guidance_scale: of the anchor, as the family's pipeline understands it; its unguided scale is no guidance.
     kl_fraction: share of (sample, timestep) pairs whose anchor is evaluated, weighted by its inverse.
     advantage_mode, advantage_scope: see `rewards.aggregate.advantages`.
     """
@@ -91,17 +94,24 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """steps: solver steps; guidance_scale 1 is no guidance; batch, decode_batch: samples at a time."""
+    """steps, solver: see `rollout.generate`; guidance_scale None is none; batch, decode_batch: samples at a time.
+
+    scored_frames: of a video, evenly spaced, that rewards see; a sample's score is their mean.
+    """
 
     steps: int = 10
-    guidance_scale: float = 1.0
+    solver: str = "euler"
+    guidance_scale: float | None = None
     batch: int = 64
     decode_batch: int = 8
+    scored_frames: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "decode_batch"):
+        for name in ("steps", "batch", "decode_batch", "scored_frames"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"rollout.{name} is {getattr(self, name)}: expected at least 1")
+        if self.solver not in SOLVERS:
+            raise ConfigError(f"rollout.solver is {self.solver!r}{nearest(self.solver, SOLVERS)}")
 
 
 @dataclass(frozen=True)
@@ -200,7 +210,7 @@ class EvaluationSettings:
     suite: str | None = None
     images: int = 60
     steps: int = 20
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None
     reference_guidance: float | None = None
     batch: int = 64
 

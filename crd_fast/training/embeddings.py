@@ -26,10 +26,9 @@ def embed(backbone: Backbone, prompts: Sequence[str], folder: Path, key: str, ba
         made = Conditioning.cat(parts)
         folder.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(".tmp")
-        save_file({"context": made.context.cpu().contiguous(), "pooled": made.pooled.cpu().contiguous()}, aside)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in made.tensors.items()}, aside)
         os.replace(aside, file)
-    tensors = load_file(file)
-    return Conditioning(*(tensors[name].to(backbone.device, backbone.dtype) for name in ("context", "pooled")))
+    return Conditioning(load_file(file)).to(backbone.device, backbone.dtype)
 
 
 def model_key(path: str, max_sequence_length: int | None, dtype: torch.dtype) -> str:

@@ -114,14 +114,15 @@ class _Job:
     def _load_backbone(self) -> Backbone:
         settings = self.recipe.model
         device = self.recipe.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return backbones.load(
-            settings.path,
-            settings.family,
-            device=device,
+        options = backbones.LoadOptions(
+            device=torch.device(device),
             dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[self.recipe.precision.dtype],
             max_sequence_length=settings.max_sequence_length,
             resolution=settings.resolution,
+            frames=settings.frames,
+            distilled_guidance=settings.distilled_guidance,
         )
+        return backbones.load(settings.path, settings.family, options)
 
     def _embed(self) -> Conditioning:
         model = self.recipe.model

@@ -30,7 +30,7 @@ from crd_fast.data.prompts import GroupSampler, PromptSet
 from crd_fast.errors import NonFiniteError
 from crd_fast.lora import BASE, OLD, SAMPLING, SNAPSHOTS, TRAINED, LoRABank
 from crd_fast.rewards.aggregate import advantages
-from crd_fast.rewards.base import Reward, score_batch
+from crd_fast.rewards.base import Reward, score_batch, score_frames
 from crd_fast.rollout import RolloutBatch, generate, initial_noise
 from crd_fast.training.config import Recipe
 from crd_fast.training.plan import MicroStep, micro_steps
@@ -132,6 +132,7 @@ class Trainer:
                 initial_noise(self.backbone, sample_ids, self.recipe.run.seed),
                 steps=rollout.steps,
                 guidance_scale=rollout.guidance_scale,
+                solver=rollout.solver,
                 unconditional=self.unconditional,
                 batch=rollout.batch,
                 on_batch=lambda _: self.stop.check(),
@@ -144,12 +145,13 @@ class Trainer:
         metadata = [self.prompts.metadata[i] for i in chosen]
         with self._timed("decode"):
             pieces = batch.latents.split(self.recipe.rollout.decode_batch)
-            images = torch.cat([self.backbone.decode(piece).cpu() for piece in pieces])
+            images = torch.cat([self._decode(piece) for piece in pieces])
         scores: dict[str, Tensor] = {}
         diagnostics: dict[str, float] = {}
         with self._timed("reward"):
             for name, reward in self.rewards.items():
-                result = score_batch(reward, images, prompts, metadata)
+                score = score_batch if images.ndim == 4 else score_frames
+                result = score(reward, images, prompts, metadata)
                 scores[name] = result.pop(name)
                 diagnostics |= {f"{name}_{key}": value.mean().item() for key, value in result.items()}
                 self.stop.check()
@@ -165,6 +167,14 @@ class Trainer:
             "reward_diagnostics": diagnostics,
         }
         return outcome.advantages, row
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), or the frames (B, F, 3, H, W) of videos that rewards see, on the host."""
+        pictures = self.backbone.decode(latents)
+        if pictures.ndim == 5:
+            count = min(self.recipe.rollout.scored_frames, pictures.shape[1])
+            pictures = pictures[:, torch.linspace(0, pictures.shape[1] - 1, count).round().long()]
+        return pictures.cpu()
 
     def _optimize(self, epoch: int, batch: RolloutBatch, advantage: Tensor) -> Row:
         train = self.recipe.train
@@ -212,7 +222,7 @@ class Trainer:
             )
         prompts = self.conditioning[batch.prompt_ids[micro.rows].to(device)]
         with self._timed("no_grad"):
-            old, ref, ref_uncond, kl_weights = self._frozen_predictions(fwd, prompts, micro)
+            old, anchor = self._frozen_predictions(fwd, prompts, micro)
         with self._timed("forward"), self.bank.use(TRAINED):
             f_theta = self.backbone.predict(fwd.x_t, sigma, prompts)
         with self._timed("loss"):
@@ -222,25 +232,22 @@ class Trainer:
                 old=old,
                 advantages=advantage[micro.rows].to(device),
                 group_ids=batch.group_ids[micro.rows].to(device),
-                ref=ref,
-                ref_uncond=ref_uncond,
-                guidance_scale=self.recipe.algorithm.guidance_scale if ref_uncond is not None else 1.0,
-                kl_weights=kl_weights,
+                **anchor,
                 config=self.loss_config,
             )
 
     @torch.no_grad()
     def _frozen_predictions(
         self, fwd: crd_fast.Noised, prompts: Conditioning, micro: MicroStep
-    ) -> tuple[crd_fast.ResidualStats, Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[crd_fast.ResidualStats, dict[str, Any]]:
         """One pass over [old | reference conditional | reference unconditional] rows.
 
-        Of the old prediction the two statistics are kept. The anchor's rows are those of `micro.anchored`; other
-        rows of the returned references are zero and have no KL weight.
+        Of the old prediction the two statistics are kept. The anchor, the loss's arguments about the reference, has
+        the rows of `micro.anchored`; its other rows are zero and have no KL weight.
         """
-        count = len(fwd.x_t)
+        count, scale = len(fwd.x_t), self.recipe.algorithm.guidance_scale
         anchored = micro.anchored.nonzero().flatten().to(fwd.x_t.device)
-        guided = self.recipe.algorithm.guidance_scale != 1.0
+        guided = self.backbone.is_guided(scale)
         copies = 0 if len(anchored) == 0 else 1 + guided
         x = torch.cat([fwd.x_t] + [fwd.x_t[anchored]] * copies)
         sigma = torch.cat([fwd.sigma] + [fwd.sigma[anchored]] * copies)
@@ -254,13 +261,22 @@ class Trainer:
             predictions = self.backbone.predict(x, sigma, Conditioning.cat(parts))
         old = crd_fast.residual_stats(predictions[:count], fwd)
         if not copies:
-            return old, None, None, None
-        references = [
-            torch.zeros_like(predictions[:count]).index_copy_(0, anchored, piece)
-            for piece in predictions[count:].split(len(anchored))
-        ]
+            return old, {}
+
+        def spread(rows: Tensor) -> Tensor:
+            return torch.zeros_like(fwd.x_t, dtype=rows.dtype).index_copy_(0, anchored, rows)
+
         weights = torch.zeros(count, device=x.device).index_fill_(0, anchored, count / len(anchored))
-        return old, references[0], references[1] if guided else None, weights
+        references = predictions[count:].split(len(anchored))
+        if guided and self.backbone.guidance == "linear":
+            return old, {
+                "ref": spread(references[0]),
+                "ref_uncond": spread(references[1]),
+                "guidance_scale": self.backbone.linear_scale(scale),
+                "kl_weights": weights,
+            }
+        ref = self.backbone.guide(references[0], references[1], scale) if guided else references[0]
+        return old, {"ref": spread(ref), "kl_weights": weights}
 
     def _update(self, batch: RolloutBatch, micro: MicroStep) -> tuple[float, bool]:
         """One optimiser step, or none when the gradient is not finite. Returns its norm and whether it was taken."""

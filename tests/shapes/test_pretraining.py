@@ -75,7 +75,7 @@ def test_the_committed_pipeline_is_small_and_loads() -> None:
 def test_the_committed_autoencoder_keeps_what_prompts_ask_for() -> None:
     """It caps every score, so it has to be nearly perfect."""
     backbone = backbones.load(str(MODEL))
-    vae = backbone._pipeline.vae  # type: ignore[attr-defined]
+    vae = backbone.pipeline.vae
     rng = np.random.default_rng(4)
     chosen = [rng.choice(world.prompts("all", [task])) for task in world.GENEVAL_TASKS for _ in range(10)]
     images = torch.from_numpy(world.render([world.sample_scene(entry, rng) for entry in chosen], rng))

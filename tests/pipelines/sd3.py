@@ -1,46 +1,24 @@
-"""Tiny random pipelines of the real classes, for tests of everything above the model."""
+"""A tiny random Stable Diffusion 3: 64x64 images, 4x8x8 latents, no T5."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from torch import Tensor
 
+from crd_fast.backbones import LoadOptions
+from tests.pipelines.common import text_encoder, tokenizer
+
+FAMILY = "sd3"
+PIPELINE = StableDiffusion3Pipeline
+GUIDANCE: float | None = 2.5
+OPTIONS = LoadOptions(max_sequence_length=1)
 CONTEXT, LATENT, WIDTH = 32, 4, 32
 
 
-def tokenizer(folder: Path) -> CLIPTokenizer:
-    """Byte-level, without merges: any prompt has tokens."""
-    folder.mkdir(parents=True, exist_ok=True)
-    symbols = [chr(c) for c in range(33, 127)]
-    vocabulary = [*symbols, *(s + "</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12)
-
-
-def text_encoder(tokens: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokens),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=12,
-            projection_dim=16,
-            bos_token_id=tokens.bos_token_id,
-            eos_token_id=tokens.eos_token_id,
-            pad_token_id=tokens.pad_token_id,
-        )
-    )
-
-
-def save_sd3(folder: Path, seed: int = 0) -> Path:
-    """A StableDiffusion3Pipeline of a few thousand parameters: 64x64 images, 4x8x8 latents, no T5."""
+def save(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     tokens = tokenizer(folder / "words")
     transformer = SD3Transformer2DModel(
@@ -81,3 +59,23 @@ def save_sd3(folder: Path, seed: int = 0) -> Path:
         tokenizer_3=None,
     ).save_pretrained(folder)
     return folder
+
+
+def sample(
+    folder: Path, lora: Path | None, prompts: list[str], start: Tensor, steps: int, guidance: float | None
+) -> Tensor:
+    """The pipeline's own images (B, 3, H, W) from `start`, with a LoRA as its users load one."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompts,
+        latents=start,
+        num_inference_steps=steps,
+        guidance_scale=1.0 if guidance is None else guidance,
+        max_sequence_length=OPTIONS.max_sequence_length,
+        height=64,
+        width=64,
+        output_type="pt",
+    ).images
