@@ -12,18 +12,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crd_fast.backbones.base import Backbone, Conditioning
 from crd_fast.errors import CheckpointError, ConfigError, nearest
-
-TRAINED, OLD, SAMPLING, BASE = "trained", "old", "sampling", "base"
-SNAPSHOTS = (OLD, SAMPLING)
-SLOTS = (TRAINED, *SNAPSHOTS)
-Rows = Sequence[tuple[str, int]]  # (slot, number of rows), in batch order
+from crd_fast.snapshots import BASE, SLOTS, TRAINED, ParameterSets, Rows, check_slots
 
 
 class BankLinear(nn.Module):
@@ -64,9 +62,12 @@ class BankLinear(nn.Module):
         parts = []
         for slot, count in rows:
             part = y[start : start + count]
-            parts.append(part if slot == BASE else part + self._delta(x[start : start + count], slot))
+            if slot != BASE:
+                delta = self._delta(x[start : start + count], slot)
+                part = part + delta if torch.is_grad_enabled() else part.add_(delta)
+            parts.append(part)
             start += count
-        return torch.cat(parts)
+        return torch.cat(parts) if torch.is_grad_enabled() else y
 
     def _delta(self, x: Tensor, slot: str) -> Tensor:
         down, up = self.pair(slot)
@@ -87,7 +88,7 @@ class _Plan:
     rows: Rows | None = None
 
 
-class LoRABank:
+class LoRABank(ParameterSets):
     """Adapters for every linear layer of `model` whose name ends with one of `targets`.
 
     The layers are replaced in place and the rest of the model is frozen. All slots start equal: `down` uniform as in
@@ -99,12 +100,16 @@ class LoRABank:
     Raises ConfigError when no layer matches, naming layers that exist.
     """
 
+    light = True
+    folder = "lora"
+
     def __init__(self, model: nn.Module, targets: Sequence[str], *, rank: int, alpha: float, seed: int) -> None:
         if rank < 1 or alpha <= 0:
             raise ConfigError(f"LoRA rank {rank} and alpha {alpha}: expected rank >= 1 and alpha > 0")
         self._plan = _Plan()
         self._layers: dict[str, BankLinear] = {}
         self.rank, self.alpha = rank, alpha
+        self.merges = True  # rollouts add the adapter to the weights, which takes a copy of those
         model.requires_grad_(False)
         pattern = re.compile(rf"(?:^|\.)(?:{'|'.join(re.escape(t) for t in targets)})$")
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -128,19 +133,24 @@ class LoRABank:
         """Adapted layers by their name in the model."""
         return self._layers
 
-    def tensors(self, slot: str) -> list[nn.Parameter]:
-        """All tensors of a slot, in a fixed order."""
+    def named_tensors(self, slot: str) -> dict[str, nn.Parameter]:
         if slot not in SLOTS:
             raise ValueError(f"slot {slot!r} holds no tensors{nearest(slot, SLOTS)}")
-        return [tensor for layer in self._layers.values() for tensor in layer.pair(slot)]
+        return {
+            f"{name}.{side}": tensor
+            for name, layer in self._layers.items()
+            for side, tensor in zip(("down", "up"), layer.pair(slot), strict=True)
+        }
+
+    def predict(self, backbone: Backbone, rows: Rows, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        with self.use(rows[0][0] if len(rows) == 1 else rows):
+            return backbone.predict(x_t, sigma, conditioning)
 
     @contextmanager
     def use(self, rows: str | Rows) -> Iterator[None]:
         """Inside, the backbone runs the named slot, or the slots of consecutive rows: [("old", 8), ("base", 16)]."""
         chosen: Rows = [(rows, 0)] if isinstance(rows, str) else list(rows)
-        unknown = [slot for slot, _ in chosen if slot not in (*SLOTS, BASE)]
-        if unknown:
-            raise ValueError(f"unknown LoRA slot {unknown[0]!r}{nearest(unknown[0], (*SLOTS, BASE))}")
+        check_slots(chosen)
         before = self._plan.rows
         self._plan.rows = chosen
         try:
@@ -150,7 +160,7 @@ class LoRABank:
 
     @contextmanager
     def merged(self, slot: str) -> Iterator[None]:
-        """Like `use(slot)` without gradients, with one plain matrix a layer: for rollouts, many passes of one slot."""
+        """Like `use(slot)` without gradients, with one plain matrix a layer: for many passes of one slot."""
         with self.use(slot), torch.no_grad():
             if slot != BASE:
                 for layer in self._layers.values():
@@ -161,17 +171,17 @@ class LoRABank:
                 for layer in self._layers.values():
                     layer.unmerge()
 
-    @torch.no_grad()
-    def update_snapshot(self, slot: str, decay: float) -> None:
-        """snapshot <- decay * snapshot + (1 - decay) * trained, in place; decay 0 copies."""
-        if slot not in SNAPSHOTS or not 0 <= decay <= 1:
-            raise ValueError(f"snapshot {slot!r} with decay {decay}: expected one of {SNAPSHOTS} and 0 <= decay <= 1")
-        trained: list[Tensor] = [p.detach() for p in self.tensors(TRAINED)]
-        kept: list[Tensor] = [p.detach() for p in self.tensors(slot)]
-        if decay == 0:
-            torch._foreach_copy_(kept, trained)
-        else:
-            torch._foreach_lerp_(kept, trained, 1 - decay)
+    def rollout(self, backbone: Backbone, slot: str) -> AbstractContextManager[None]:
+        return self.merged(slot) if self.merges else self._unmerged(slot)
+
+    @contextmanager
+    def _unmerged(self, slot: str) -> Iterator[None]:
+        with self.use(slot), torch.no_grad():
+            yield
+
+    def save(self, backbone: Backbone, folder: Path, slot: str = TRAINED) -> None:
+        """`pytorch_lora_weights.safetensors`, for the pipeline's `load_lora_weights`."""
+        backbone.save_lora(str(folder), self.export(slot))
 
     def export(self, slot: str = TRAINED) -> dict[str, Tensor]:
         """The slot in peft's names, `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, with the scale folded into B.
@@ -187,17 +197,16 @@ class LoRABank:
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Fill every slot from `export`'s format; a leading `transformer.` is accepted.
+        """Fill every slot from `export`'s format, which `lora_file.read_adapter` reads from a file.
 
         Raises CheckpointError naming the first layer that is missing, unknown or of another rank.
         """
-        given = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
         expected = {f"{name}.lora_{side}.weight" for name in self._layers for side in "AB"}
-        for name in sorted(expected ^ set(given)):
+        for name in sorted(expected ^ set(state)):
             what = "missing from the file" if name in expected else "in the file but not adapted here"
             raise CheckpointError(f"LoRA layer {name} is {what}: the adapter was made with other LoRA targets")
         for name, layer in self._layers.items():
-            down, up = given[f"{name}.lora_A.weight"], given[f"{name}.lora_B.weight"]
+            down, up = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
             if down.shape != layer.down_trained.shape or up.shape != layer.up_trained.shape:
                 raise CheckpointError(
                     f"LoRA layer {name} in the file has rank {down.shape[0]} and shape {tuple(up.shape[:1])} x "

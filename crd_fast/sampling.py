@@ -6,24 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from crd_fast import backbones
-from crd_fast.errors import CheckpointError, ConfigError
-from crd_fast.lora import BASE, TRAINED, LoRABank
+from crd_fast.errors import ConfigError
+from crd_fast.lora import LoRABank
+from crd_fast.lora_file import read_adapter
 from crd_fast.rollout import generate, initial_noise
-
-WEIGHTS = "pytorch_lora_weights.safetensors"
-
-
-def find_lora(path: str) -> Path:
-    """The adapter file under a LoRA folder, a checkpoint or a run directory. Raises CheckpointError where none is."""
-    folder = Path(path)
-    candidates = [folder, folder / WEIGHTS, folder / "lora" / WEIGHTS]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise CheckpointError(f"no LoRA at {path}: expected {WEIGHTS} in it, or a finished run directory")
+from crd_fast.snapshots import BASE, TRAINED
 
 
 def sample_to_folder(
@@ -49,7 +38,7 @@ def sample_to_folder(
     dtype = torch.bfloat16 if chosen.startswith("cuda") else torch.float32
     options = backbones.LoadOptions(torch.device(chosen), dtype, max_sequence_length)
     backbone = backbones.load(model, options=options)
-    adapter = None if lora is None else load_file(find_lora(lora))
+    adapter = None if lora is None else read_adapter(lora)
     bank = _bank(backbone, adapter)
     embedded = backbone.encode_prompts(["", *prompts])
     rows = torch.arange(len(prompts), device=backbone.device).repeat_interleave(count)
@@ -82,11 +71,8 @@ def sample_to_folder(
 def _bank(backbone: backbones.Backbone, adapter: dict[str, torch.Tensor] | None) -> LoRABank:
     if adapter is None:
         return LoRABank(backbone.transformer, backbone.lora_targets, rank=1, alpha=1.0, seed=0)
-    downs = {name: tensor for name, tensor in adapter.items() if name.endswith(".lora_A.weight")}
-    if not downs:
-        raise CheckpointError(f"the LoRA file has no *.lora_A.weight: it holds {sorted(adapter)[:3]}")
-    names = [name.removeprefix("transformer.").removesuffix(".lora_A.weight") for name in downs]
+    downs = {name.removesuffix(".lora_A.weight"): t for name, t in adapter.items() if name.endswith(".lora_A.weight")}
     rank = next(iter(downs.values())).shape[0]
-    bank = LoRABank(backbone.transformer, names, rank=rank, alpha=float(rank), seed=0)
+    bank = LoRABank(backbone.transformer, list(downs), rank=rank, alpha=float(rank), seed=0)
     bank.load(adapter)
     return bank

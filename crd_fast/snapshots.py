@@ -1,14 +1,30 @@
-"""How fast the old and the sampling snapshot follow the trained parameters.
+"""The parameter sets of a run: trained, old and sampling snapshots, and the pretrained base.
 
-After each epoch: snapshot <- d * snapshot + (1 - d) * trained. The two are decoupled: a sampler that equals the moving
-reference keeps the implicit reward near zero (ratio-signal collapse). Source: arXiv 2603.14128.
+After each epoch a snapshot follows the trained parameters: snapshot <- d * snapshot + (1 - d) * trained. The two are
+decoupled: a sampler that equals the moving reference keeps the implicit reward near zero (ratio-signal collapse).
+Source: arXiv 2603.14128.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
-from crd_fast.errors import ConfigError
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from crd_fast.backbones.base import Backbone, Conditioning
+from crd_fast.errors import ConfigError, nearest
+from crd_fast.ranks import Ranks
+
+TRAINED, OLD, SAMPLING, BASE = "trained", "old", "sampling", "base"
+SNAPSHOTS = (OLD, SAMPLING)
+SLOTS = (TRAINED, *SNAPSHOTS)
+Rows = Sequence[tuple[str, int]]  # (slot, number of rows), in batch order
 
 
 @dataclass(frozen=True)
@@ -40,3 +56,64 @@ class DecaySchedule:
         if epoch < self.start:
             return 0.0
         return min(self.initial + self.slope * (epoch - self.start), self.maximum)
+
+
+class ParameterSets(ABC):
+    """Everything that is trained, its two snapshots, and how a prediction chooses among them and the base.
+
+    light: small enough that a copy is kept of every epoch's start, and an export goes into every checkpoint.
+    folder: of the run directory, where the result is saved.
+    """
+
+    light: bool
+    folder: str
+
+    @abstractmethod
+    def named_tensors(self, slot: str) -> dict[str, nn.Parameter]:
+        """The tensors of a slot (not of `base`) by name, in a fixed order. Raises ValueError for an unknown slot."""
+
+    @abstractmethod
+    def predict(self, backbone: Backbone, rows: Rows, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """`backbone.predict` with the slots of consecutive rows, such as [("old", 8), ("base", 16)]."""
+
+    @abstractmethod
+    def rollout(self, backbone: Backbone, slot: str) -> AbstractContextManager[None]:
+        """Inside, `backbone.predict` runs one slot, without gradients: for many passes."""
+
+    @abstractmethod
+    def save(self, backbone: Backbone, folder: Path, slot: str = TRAINED) -> None:
+        """Write a slot to `folder` in a form that diffusers loads. Called on every rank; the first one writes."""
+
+    def tensors(self, slot: str) -> list[nn.Parameter]:
+        """All tensors of a slot, in a fixed order."""
+        return list(self.named_tensors(slot).values())
+
+    def before_backward(self, last: bool) -> None:  # noqa: B027 - nothing to do unless gradients are sharded
+        """Called before each backward pass; `last` is the one that an optimiser step follows."""
+
+    def average_gradients(self, ranks: Ranks) -> None:
+        """Make the gradients of the trained tensors the mean over the ranks; called once an optimiser step."""
+        ranks.mean_gradients(self.tensors(TRAINED))
+
+    @torch.no_grad()
+    def update_snapshot(self, slot: str, decay: float) -> None:
+        """snapshot <- decay * snapshot + (1 - decay) * trained, in place; decay 0 copies."""
+        if slot not in SNAPSHOTS or not 0 <= decay <= 1:
+            raise ValueError(f"snapshot {slot!r} with decay {decay}: expected one of {SNAPSHOTS} and 0 <= decay <= 1")
+        trained, kept = ([_local(p) for p in self.tensors(name)] for name in (TRAINED, slot))
+        if decay == 0:
+            torch._foreach_copy_(kept, trained)
+        else:
+            torch._foreach_lerp_(kept, trained, 1 - decay)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This rank's own part: the slots are sharded alike, so snapshots move shard by shard."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def check_slots(rows: Rows, known: Sequence[str] = (*SLOTS, BASE)) -> None:
+    """Raises ValueError naming the first slot that does not exist."""
+    for slot, _ in rows:
+        if slot not in known:
+            raise ValueError(f"unknown parameter set {slot!r}{nearest(slot, known)}")

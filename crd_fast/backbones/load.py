@@ -12,7 +12,13 @@ from crd_fast.errors import ConfigError, nearest
 
 # pipeline class -> (family, module of its adapter, class): imported when such a pipeline is loaded
 _ADAPTERS = {
+    "Flux2KleinPipeline": ("flux2", "flux2", "Flux2Backbone"),
+    "FluxPipeline": ("flux1", "flux1", "Flux1Backbone"),
+    "QwenImagePipeline": ("qwen_image", "qwen_image", "QwenImageBackbone"),
     "StableDiffusion3Pipeline": ("sd3", "sd3", "SD3Backbone"),
+    "StableDiffusionXLPipeline": ("sdxl", "sdxl", "SDXLBackbone"),
+    "WanPipeline": ("wan", "wan", "WanBackbone"),
+    "ZImagePipeline": ("z_image", "z_image", "ZImageBackbone"),
 }
 
 

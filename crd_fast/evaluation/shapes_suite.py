@@ -18,6 +18,7 @@ from crd_fast.data.prompts import PromptSet
 from crd_fast.errors import DataError, RewardError
 from crd_fast.evaluation.frechet import RandomFeatures, frechet_distance
 from crd_fast.evaluation.intervals import clustered_bootstrap, macro_interval
+from crd_fast.ranks import Ranks
 from crd_fast.rewards.geneval import GenEvalReward
 from crd_fast.rewards.ocr import OcrReward
 from crd_fast.rewards.shapes import detect_shapes
@@ -53,11 +54,12 @@ def choose_prompts(test: PromptSet, images: int) -> list[int]:
     return [by_task[task][i % len(by_task[task])] for task in world.TASKS if task in by_task for i in range(images)]
 
 
-def evaluate(
+def generate_images(
     backbone: Backbone,
     test: PromptSet,
     conditioning: Conditioning,
     unconditional: Conditioning,
+    ranks: Ranks,
     *,
     images: int,
     steps: int,
@@ -65,19 +67,17 @@ def evaluate(
     batch: int,
     seed: int,
     on_batch: Callable[[int], None],
-) -> Evaluated:
-    """Generate `images` per task with whatever adapter is in use and score them.
+) -> Tensor:
+    """`images` per task (N, 3, H, W) with whatever parameters are in use; the ranks share the work.
 
-    conditioning: embeddings of the test prompts. Scores: GenEval strict and soft per task and their macro means with
-    prompt-clustered 95 % intervals, `ocr`, `frechet` to true renders of the same prompts, `clean`.
+    conditioning: embeddings of the test prompts. on_batch: called with the images that this rank has made.
     """
-    chosen = choose_prompts(test, images)
-    rows = torch.tensor(chosen, device=backbone.device)
-    start = initial_noise(backbone, FIRST_SAMPLE_ID + torch.arange(len(chosen)), seed)
+    chosen = torch.tensor(choose_prompts(test, images))
+    mine = ranks.share(len(chosen))
     latents = generate(
         backbone,
-        conditioning[rows],
-        start,
+        conditioning[chosen[mine].to(backbone.device)],
+        initial_noise(backbone, FIRST_SAMPLE_ID + mine, seed),
         steps=steps,
         guidance_scale=guidance_scale,
         unconditional=unconditional,
@@ -85,6 +85,16 @@ def evaluate(
         on_batch=on_batch,
     )
     pictures = torch.cat([backbone.decode(piece).cpu() for piece in latents.split(8)])
+    return ranks.gather(pictures, len(chosen))
+
+
+def score(pictures: Tensor, test: PromptSet, *, images: int, seed: int) -> Evaluated:
+    """Scores of the pictures that `generate_images` made with the same settings.
+
+    GenEval strict and soft per task and their macro means with prompt-clustered 95 % intervals, `ocr`, `frechet` to
+    true renders of the same prompts, `clean`.
+    """
+    chosen = choose_prompts(test, images)
     metadata = [test.metadata[i] for i in chosen]
     side: dict[str, Any] = {"n": len(chosen), "tasks": {}}
     passed = torch.zeros(len(chosen))

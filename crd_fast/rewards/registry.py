@@ -9,6 +9,7 @@ from typing import Any
 from crd_fast.errors import ConfigError, nearest
 from crd_fast.rewards.base import Reward
 from crd_fast.rewards.geneval import GenEvalReward
+from crd_fast.rewards.jpeg import JpegCompressibility, JpegSettings
 from crd_fast.rewards.ocr import OcrReward, OcrSettings, RapidOcrReader
 from crd_fast.rewards.shapes import detect_shapes
 
@@ -36,6 +37,7 @@ def _ocr(options: OcrSettings) -> Reward:
 
 _REWARDS: dict[str, tuple[type, Callable[[Any], Reward]]] = {
     "geneval": (GenEvalOptions, _geneval),
+    "jpeg_compressibility": (JpegSettings, JpegCompressibility),
     "ocr": (OcrSettings, _ocr),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,9 @@ from crd_fast.rewards import registry
 from crd_fast.rewards.aggregate import RewardSpec
 from crd_fast.rollout import SOLVERS
 from crd_fast.snapshots import DecaySchedule
+
+PARAMETERS = ("lora", "full")
+SHARDING = ("replicate", "fsdp", "hsdp")
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,17 @@ class SnapshotSettings:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """targets: endings of layer names; None takes the backbone's own."""
+    """targets: endings of layer names; None takes the backbone's own. path: an adapter to start from, of this rank.
+
+    merge: rollouts add the adapter to the weights, which is faster and takes a copy of the adapted ones; never done
+    where weights are sharded.
+    """
 
     rank: int = 32
     alpha: float = 64.0
     targets: tuple[str, ...] | None = None
+    path: str | None = None
+    merge: bool = True
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,12 @@ class RolloutSettings:
 class TrainSettings:
     """One epoch: `groups` prompts with `group_size` samples, each at `timesteps` noise levels, in `updates` steps.
 
-    micro_batch: samples in one forward, a multiple of group_size. max_minutes: stop after the epoch that passes it.
+    micro_batch: samples in one forward on one rank; those of all ranks together hold whole groups, or are a whole part
+    of one. max_minutes: stop after the epoch that passes it. inner_epochs: passes over an epoch's samples, each in
+    `updates` steps; fixed_noise: every pass has the noise and noise levels of the first, so that old and reference
+    predictions are made once. sharding: "replicate" keeps the whole model on every rank, "fsdp" shards it over all of
+    them, "hsdp" over the ranks of a node and replicates it over nodes. timeout_minutes: after which a rank that waits
+    for another gives up.
     timestep_mean, timestep_std, timestep_shift: of the logit-normal strategy (shift also of uniform).
     shared_noise: one noise for all samples of a group at a timestep, so that what they have in common cancels in the
     centered reward. warmup: optimiser steps over which the learning rate rises; cooldown: epochs before the last over
@@ -126,12 +139,17 @@ class TrainSettings:
     max_skipped: optimiser steps in a row that may be skipped for NaN or infinity.
     """
 
+    parameters: str = "lora"
     epochs: int = 100
     max_minutes: float | None = None
     groups: int = 48
     group_size: int = 24
     micro_batch: int = 24
     updates: int = 2
+    inner_epochs: int = 1
+    fixed_noise: bool = False
+    sharding: str = "replicate"
+    timeout_minutes: float = 10.0
     timesteps: int = 10
     timestep_strategy: str = "discrete"
     timestep_mean: float = 0.0
@@ -153,6 +171,7 @@ class TrainSettings:
             "groups",
             "micro_batch",
             "updates",
+            "inner_epochs",
             "timesteps",
             "checkpoint_every",
             "keep_checkpoints",
@@ -166,25 +185,20 @@ class TrainSettings:
             raise ConfigError(f"train.group_size is {self.group_size}: expected at least 2, samples are compared in it")
         if self.lr <= 0 or self.max_grad_norm <= 0:
             raise ConfigError(f"train.lr {self.lr} and train.max_grad_norm {self.max_grad_norm}: expected more than 0")
-        if self.micro_batch % self.group_size:
-            fitting = [n for n in range(2, self.micro_batch + 1) if self.micro_batch % n == 0]
+        if self.parameters not in PARAMETERS:
+            raise ConfigError(f"train.parameters is {self.parameters!r}{nearest(self.parameters, PARAMETERS)}")
+        if self.sharding not in SHARDING:
+            raise ConfigError(f"train.sharding is {self.sharding!r}{nearest(self.sharding, SHARDING)}")
+        if self.timeout_minutes <= 0:
+            raise ConfigError(f"train.timeout_minutes is {self.timeout_minutes}: expected more than 0")
+        if self.fixed_noise and self.inner_epochs == 1:
+            raise ConfigError("train.fixed_noise keeps the noise of earlier passes: it needs train.inner_epochs > 1")
+        pairs = self.groups * self.timesteps
+        if pairs % self.updates:
+            fitting = [n for n in range(1, pairs + 1) if pairs % n == 0]
             raise ConfigError(
-                f"train.group_size {self.group_size} does not divide train.micro_batch {self.micro_batch}, and groups "
-                f"must be whole in a micro-batch: use a group size of {', '.join(map(str, fitting))}, or micro_batch="
-                f"{self.group_size * max(1, self.micro_batch // self.group_size)}"
-            )
-        per_micro = self.micro_batch // self.group_size
-        if self.groups % per_micro:
-            raise ConfigError(
-                f"train.groups {self.groups} is not a multiple of the {per_micro} groups in a micro-batch of "
-                f"{self.micro_batch}: use train.groups={math.ceil(self.groups / per_micro) * per_micro}"
-            )
-        micro_steps = self.groups // per_micro * self.timesteps
-        if micro_steps % self.updates:
-            fitting = [n for n in range(1, micro_steps + 1) if micro_steps % n == 0]
-            raise ConfigError(
-                f"train.updates {self.updates} does not divide the {micro_steps} micro-steps of an epoch: "
-                f"use one of {', '.join(map(str, fitting))}"
+                f"train.updates {self.updates} does not divide the {pairs} pairs of a group and a timestep in an "
+                f"epoch: use one of {', '.join(map(str, fitting))}"
             )
 
 

@@ -20,6 +20,11 @@ class Reporter:
         self._task: TaskID | None = None
         self._name, self._total, self._started, self._last_line = "", 0, 0.0, 0.0
 
+    @classmethod
+    def silent(cls) -> Reporter:
+        """For the ranks that do not speak."""
+        return cls(Console(quiet=True))
+
     def __enter__(self) -> Reporter:
         if self.console.is_terminal:
             self._bar = Progress(

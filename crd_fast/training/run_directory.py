@@ -101,7 +101,7 @@ class RunDirectory:
             pixels = (images[index].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
             Image.fromarray(pixels).save(folder / f"{number:05d}.png")
 
-    def write_environment(self, device: torch.device) -> None:
+    def write_environment(self, device: torch.device, ranks: int) -> None:
         packages = ("crd-fast", "torch", "diffusers", "transformers", "numpy", "rapidocr")
         versions = {"python": platform.python_version()}
         for package in packages:
@@ -118,6 +118,7 @@ class RunDirectory:
                 "versions": versions,
                 "device": f"{device.type} ({name})",
                 "threads": torch.get_num_threads(),
+                "ranks": ranks,
                 "commit": _commit(),
                 "command": " ".join(["crd-fast", *sys.argv[1:]]),
             },

@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 
 
 class Interrupted(Exception):  # noqa: N818 - a request that was granted, not an error
-    """Raised by `StopRequest.check` after a signal; `name` is the signal's."""
+    """Raised by `StopRequest.interrupt` after a signal; `name` is the signal's."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"stopped by {name}")
@@ -37,7 +37,10 @@ class StopRequest:
             raise KeyboardInterrupt
         self._received = signal.Signals(number).name
 
-    def check(self) -> None:
-        """Raises Interrupted if a signal came."""
-        if self._received is not None:
-            raise Interrupted(self._received)
+    @property
+    def asked(self) -> bool:
+        return self._received is not None
+
+    def interrupt(self) -> None:
+        """Raises Interrupted, with the name of the signal that this process got or that another rank got."""
+        raise Interrupted(self._received or "a signal to another rank")

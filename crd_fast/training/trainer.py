@@ -6,10 +6,12 @@ unconditional] rows, one pass with gradients, the loss, and an optimiser step ev
 snapshots move.
 
 Where it departs from the paper: noise levels are stratified over the epoch and shared within a group, and so may be
-the noise (`shared_noise`); the anchor may be evaluated for a random share of the samples (`kl_fraction`, unbiased).
+the noise (`shared_noise`); the anchor may be evaluated for a random share of the samples (`kl_fraction`, unbiased);
+an epoch may pass over its samples several times (`inner_epochs`), with the same noise (`fixed_noise`).
 Where it departs from the authors' public code: groups are centered per (prompt, timestep) by default; of the old
 prediction two floats a sample are kept and noise is made again from its seed; adapters are rows of a bank and are never
-swapped; the reference is not run when kl_coef is 0; resuming restores snapshots and counters.
+swapped; what an optimiser step sees does not depend on the number of ranks; the reference is not run when kl_coef is 0;
+resuming restores snapshots and counters.
 """
 
 from __future__ import annotations
@@ -23,78 +25,99 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import crd_fast
 from crd_fast.backbones.base import Backbone, Conditioning
 from crd_fast.data.prompts import GroupSampler, PromptSet
 from crd_fast.errors import NonFiniteError
-from crd_fast.lora import BASE, OLD, SAMPLING, SNAPSHOTS, TRAINED, LoRABank
+from crd_fast.ranks import Ranks
 from crd_fast.rewards.aggregate import advantages
 from crd_fast.rewards.base import Reward, score_batch, score_frames
 from crd_fast.rollout import RolloutBatch, generate, initial_noise
+from crd_fast.snapshots import BASE, OLD, SAMPLING, SLOTS, TRAINED, ParameterSets
 from crd_fast.training.config import Recipe
-from crd_fast.training.plan import MicroStep, micro_steps
+from crd_fast.training.metrics import epoch_metrics
+from crd_fast.training.plan import DRAW_SHIFT, MicroStep, check_ranks, micro_steps
 from crd_fast.training.stop import StopRequest
 
 Row = dict[str, Any]
 
 
 class Trainer:
-    """Everything a run carries from epoch to epoch.
+    """Everything a run carries from epoch to epoch, on one rank.
 
     conditioning: embeddings of all prompts, row by row; unconditional: of one empty prompt.
+
+    Raises ConfigError when an update does not divide into micro-steps over the ranks.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         backbone: Backbone,
-        bank: LoRABank,
+        sets: ParameterSets,
         prompts: PromptSet,
         conditioning: Conditioning,
         unconditional: Conditioning,
         rewards: Mapping[str, Reward],
         stop: StopRequest,
+        ranks: Ranks,
     ) -> None:
         self.recipe = recipe
         self.backbone = backbone
-        self.bank = bank
+        self.sets = sets
         self.prompts = prompts
         self.conditioning = conditioning
         self.unconditional = unconditional
         self.rewards = rewards
         self.stop = stop
+        self.ranks = ranks
         train = recipe.train
+        check_ranks(train, ranks.world)
         self.sampler = GroupSampler(len(prompts), train.groups, train.group_size, recipe.run.seed)
         self.loss_config = recipe.algorithm.loss_config()
+        # where a group, or a batch that is centered as one, is spread over ranks
+        spread = train.micro_batch % train.group_size != 0 or self.loss_config.centering == "batch"
+        self.centering_group = ranks.data_group if spread else None
         self.optimizer = torch.optim.AdamW(
-            bank.tensors(TRAINED), lr=train.lr, weight_decay=train.weight_decay, betas=(0.9, 0.999)
+            sets.tensors(TRAINED), lr=train.lr, weight_decay=train.weight_decay, betas=(0.9, 0.999)
         )
         self.epoch = 0  # finished epochs
         self.step = 0  # optimiser steps taken
         self.skipped_in_a_row = 0
+        self._frozen: dict[int, tuple[crd_fast.ResidualStats, dict[str, Any]]] = {}
         self._seconds: dict[str, float] = defaultdict(float)
 
     # --- state ---
 
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of all that a resumed run needs; its other inputs are functions of the recipe."""
-        return {
-            "epoch": self.epoch,
-            "step": self.step,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "bank": {slot: [t.detach().clone() for t in self.bank.tensors(slot)] for slot in (TRAINED, *SNAPSHOTS)},
-            "optimizer": _copied(self.optimizer.state_dict()),
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that a resumed run needs, by name: the sets and the optimiser's moments. Not copies."""
+        state: dict[str, Tensor] = {
+            f"{slot}.{name}": tensor.detach()
+            for slot in SLOTS
+            for name, tensor in self.sets.named_tensors(slot).items()
         }
+        for name, parameter in self.sets.named_tensors(TRAINED).items():
+            moments = self.optimizer.state[parameter]
+            if not moments:  # AdamW makes them in its first step
+                moments["step"] = torch.tensor(float(self.step))
+                moments["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                moments["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[f"optimizer.{name}.{moment}"] = moments[moment]
+        return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        with torch.no_grad():
-            for slot, tensors in state["bank"].items():
-                for own, saved in zip(self.bank.tensors(slot), tensors, strict=True):
-                    own.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.skipped_in_a_row = state["skipped_in_a_row"]
+    def values(self) -> dict[str, Any]:
+        """The counters that a resumed run needs; its other inputs are functions of the recipe."""
+        return {"epoch": self.epoch, "step": self.step, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def set_values(self, values: Mapping[str, Any]) -> None:
+        """Continue from these counters; the tensors have been filled in place."""
+        self.epoch, self.step = values["epoch"], values["step"]
+        self.skipped_in_a_row = values["skipped_in_a_row"]
+        for parameter in self.sets.tensors(TRAINED):
+            self.optimizer.state[parameter]["step"].fill_(self.step)
 
     # --- one epoch ---
 
@@ -104,8 +127,8 @@ class Trainer:
         self._seconds.clear()
         epoch = self.epoch
         batch = self._rollout(epoch)
-        advantage, reward_row = self._score(batch)
-        totals = self._optimize(epoch, batch, advantage)
+        batch, advantage, reward_row = self._collect(batch, self._score(batch))
+        totals = self.optimize(epoch, batch, advantage)
         decays = self._move_snapshots(epoch)
         self.epoch += 1
         elapsed = time.perf_counter() - started
@@ -121,25 +144,27 @@ class Trainer:
         }
 
     def _rollout(self, epoch: int) -> RolloutBatch:
+        """This rank's share of the epoch's samples."""
         rollout = self.recipe.rollout
-        prompt_ids = self.sampler.samples(epoch)
-        count = len(prompt_ids)
-        sample_ids = torch.arange(epoch * count, (epoch + 1) * count)
-        with self._timed("rollout"), self.bank.merged(SAMPLING):
+        prompt_ids, group_ids = self.sampler.samples(epoch), self.sampler.group_ids()
+        mine = self.ranks.share(len(prompt_ids))
+        sample_ids = epoch * len(prompt_ids) + mine
+        with self._timed("rollout"), self.sets.rollout(self.backbone, SAMPLING):
             latents = generate(
                 self.backbone,
-                self.conditioning[prompt_ids.to(self.backbone.device)],
+                self.conditioning[prompt_ids[mine].to(self.backbone.device)],
                 initial_noise(self.backbone, sample_ids, self.recipe.run.seed),
                 steps=rollout.steps,
                 guidance_scale=rollout.guidance_scale,
                 solver=rollout.solver,
                 unconditional=self.unconditional,
                 batch=rollout.batch,
-                on_batch=lambda _: self.stop.check(),
+                on_batch=lambda _: self._stop_if_asked(),
             )
-        return RolloutBatch(latents, prompt_ids, self.sampler.group_ids(), sample_ids)
+        return RolloutBatch(latents, prompt_ids[mine], group_ids[mine], sample_ids)
 
-    def _score(self, batch: RolloutBatch) -> tuple[Tensor, Row]:
+    def _score(self, batch: RolloutBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Rewards and diagnostics of this rank's samples."""
         chosen = batch.prompt_ids.tolist()
         prompts = [self.prompts.prompts[i] for i in chosen]
         metadata = [self.prompts.metadata[i] for i in chosen]
@@ -147,26 +172,15 @@ class Trainer:
             pieces = batch.latents.split(self.recipe.rollout.decode_batch)
             images = torch.cat([self._decode(piece) for piece in pieces])
         scores: dict[str, Tensor] = {}
-        diagnostics: dict[str, float] = {}
-        with self._timed("reward"):
+        diagnostics: dict[str, Tensor] = {}
+        with self._timed("reward"), self.ranks.together("scoring the rollout"):
             for name, reward in self.rewards.items():
                 score = score_batch if images.ndim == 4 else score_frames
                 result = score(reward, images, prompts, metadata)
                 scores[name] = result.pop(name)
-                diagnostics |= {f"{name}_{key}": value.mean().item() for key, value in result.items()}
-                self.stop.check()
-        specs = {name: settings.spec for name, settings in self.recipe.rewards.items()}
-        algorithm = self.recipe.algorithm
-        outcome = advantages(
-            scores, specs, batch.group_ids, mode=algorithm.advantage_mode, scope=algorithm.advantage_scope
-        )
-        row = {
-            "reward": {name: stats.mean for name, stats in outcome.stats.items()},
-            "reward_std": {name: stats.group_std for name, stats in outcome.stats.items()},
-            "reward_zero_std_share": {name: stats.zero_std_share for name, stats in outcome.stats.items()},
-            "reward_diagnostics": diagnostics,
-        }
-        return outcome.advantages, row
+                diagnostics |= {f"{name}_{key}": value for key, value in result.items()}
+        self._stop_if_asked()
+        return scores, diagnostics
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), or the frames (B, F, 3, H, W) of videos that rewards see, on the host."""
@@ -176,7 +190,34 @@ class Trainer:
             pictures = pictures[:, torch.linspace(0, pictures.shape[1] - 1, count).round().long()]
         return pictures.cpu()
 
-    def _optimize(self, epoch: int, batch: RolloutBatch, advantage: Tensor) -> Row:
+    def _collect(self, batch: RolloutBatch, scores: tuple[dict[str, Tensor], ...]) -> tuple[RolloutBatch, Tensor, Row]:
+        """The whole epoch's samples on every rank, with their advantages."""
+        prompt_ids, group_ids = self.sampler.samples(self.epoch), self.sampler.group_ids()
+        count = len(prompt_ids)
+        with self._timed("exchange"):
+            latents = self.ranks.gather(batch.latents, count)
+            everyone = [
+                {name: self.ranks.gather(value, count) for name, value in sorted(part.items())} for part in scores
+            ]
+        rewards = {name: everyone[0][name] for name in self.rewards}
+        algorithm = self.recipe.algorithm
+        outcome = advantages(
+            rewards,
+            {name: settings.spec for name, settings in self.recipe.rewards.items()},
+            group_ids,
+            mode=algorithm.advantage_mode,
+            scope=algorithm.advantage_scope,
+        )
+        row = {
+            "reward": {name: stats.mean for name, stats in outcome.stats.items()},
+            "reward_std": {name: stats.group_std for name, stats in outcome.stats.items()},
+            "reward_zero_std_share": {name: stats.zero_std_share for name, stats in outcome.stats.items()},
+            "reward_diagnostics": {name: value.mean().item() for name, value in everyone[1].items()},
+        }
+        whole = RolloutBatch(latents, prompt_ids, group_ids, self.epoch * count + torch.arange(count))
+        return whole, outcome.advantages, row
+
+    def optimize(self, epoch: int, batch: RolloutBatch, advantage: Tensor) -> Row:
         train = self.recipe.train
         plan = list(
             micro_steps(
@@ -185,59 +226,71 @@ class Trainer:
                 schedule=self.backbone.rollout_sigmas(self.recipe.rollout.steps)[:-1],
                 seed=self.recipe.run.seed,
                 epoch=epoch,
+                rank=self.ranks.rank,
+                ranks=self.ranks.world,
             )
         )
-        accumulation = len(plan) // train.updates
-        sums: dict[str, Tensor] = {}
+        accumulation = len(plan) // (train.updates * train.inner_epochs)
+        rows: list[Tensor] = []
         norms, skipped = [], 0
+        self._frozen.clear()
+        names: list[str] = []
         for micro in plan:
-            self.stop.check()
+            self._stop_if_asked()
             out = self._micro_step(batch, advantage, micro)
             with self._timed("backward"):
+                self.sets.before_backward(micro.last)
                 (out.loss / accumulation).backward()
-            for name, value in out.metrics.items():
-                sums[name] = sums[name] + value if name in sums else value.clone()
+            rows.append(torch.stack(list(out.metrics.values())))
+            names = list(out.metrics)
             if micro.last:
                 norm, taken = self._update(batch, micro)
                 skipped += not taken
                 if taken:
                     norms.append(norm)
-        metrics = {name: (value / len(plan)).item() for name, value in sums.items()}
+        self._frozen.clear()
+        metrics = epoch_metrics(names, self.ranks.everyone(torch.stack(rows).cpu()))
         return metrics | {"grad_norm": sum(norms) / max(len(norms), 1), "skipped_steps": skipped}
 
     def _micro_step(self, batch: RolloutBatch, advantage: Tensor, micro: MicroStep) -> crd_fast.CRDOutput:
-        device = self.backbone.device
-        rows = micro.rows.to(batch.latents.device)
-        x0, sigma = batch.latents[rows], micro.sigma.to(device)
+        device, train = self.backbone.device, self.recipe.train
+        x0, sigma = batch.latents[micro.rows.to(batch.latents.device)], micro.sigma.to(device)
         noise_ids = batch.sample_ids[micro.rows]
-        if self.recipe.train.shared_noise:
-            noise_ids = noise_ids - micro.rows % self.recipe.train.group_size  # that of the group's first sample
+        if train.shared_noise:
+            noise_ids = noise_ids - micro.rows % train.group_size  # that of the group's first sample
+        noise_ids = noise_ids + (micro.draw << DRAW_SHIFT)
         with self._timed("noise"):
-            fwd = crd_fast.noise(
-                x0,
-                sigma,
-                seed=self.recipe.run.seed,
-                sample_ids=noise_ids.to(device),
-                stream=micro.stream,
-            )
+            fwd = crd_fast.noise(x0, sigma, seed=self.recipe.run.seed, sample_ids=noise_ids.to(device))
         prompts = self.conditioning[batch.prompt_ids[micro.rows].to(device)]
         with self._timed("no_grad"):
             old, anchor = self._frozen_predictions(fwd, prompts, micro)
-        with self._timed("forward"), self.bank.use(TRAINED):
-            f_theta = self.backbone.predict(fwd.x_t, sigma, prompts)
+        with self._timed("forward"):
+            f_theta = self.sets.predict(self.backbone, [(TRAINED, len(x0))], fwd.x_t, sigma, prompts)
+        group_ids = batch.group_ids[micro.rows] * train.timesteps + micro.timesteps
         with self._timed("loss"):
             return crd_fast.loss(
                 f_theta,
                 fwd,
                 old=old,
                 advantages=advantage[micro.rows].to(device),
-                group_ids=batch.group_ids[micro.rows].to(device),
+                group_ids=group_ids.to(device),
                 **anchor,
+                process_group=self.centering_group,
                 config=self.loss_config,
             )
 
-    @torch.no_grad()
     def _frozen_predictions(
+        self, fwd: crd_fast.Noised, prompts: Conditioning, micro: MicroStep
+    ) -> tuple[crd_fast.ResidualStats, dict[str, Any]]:
+        """What the loss needs of the old and the reference model; made once where later passes have the same noise."""
+        if not self.recipe.train.fixed_noise:
+            return self._predict_frozen(fwd, prompts, micro)
+        if micro.index not in self._frozen:
+            self._frozen[micro.index] = self._predict_frozen(fwd, prompts, micro)
+        return self._frozen[micro.index]
+
+    @torch.no_grad()
+    def _predict_frozen(
         self, fwd: crd_fast.Noised, prompts: Conditioning, micro: MicroStep
     ) -> tuple[crd_fast.ResidualStats, dict[str, Any]]:
         """One pass over [old | reference conditional | reference unconditional] rows.
@@ -257,8 +310,7 @@ class Trainer:
         if copies and guided:
             parts.append(self.unconditional.expand(len(anchored)))
         plan = [(OLD, count)] + ([(BASE, copies * len(anchored))] if copies else [])
-        with self.bank.use(plan):
-            predictions = self.backbone.predict(x, sigma, Conditioning.cat(parts))
+        predictions = self.sets.predict(self.backbone, plan, x, sigma, Conditioning.cat(parts))
         old = crd_fast.residual_stats(predictions[:count], fwd)
         if not copies:
             return old, {}
@@ -282,8 +334,9 @@ class Trainer:
         """One optimiser step, or none when the gradient is not finite. Returns its norm and whether it was taken."""
         train = self.recipe.train
         with self._timed("optimizer"):
-            parameters = self.bank.tensors(TRAINED)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm))
+            self.sets.average_gradients(self.ranks)
+            total = torch.nn.utils.clip_grad_norm_(self.sets.tensors(TRAINED), train.max_grad_norm)
+            norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
             finite = math.isfinite(norm)
             if finite:
                 for group in self.optimizer.param_groups:
@@ -314,8 +367,13 @@ class Trainer:
         snapshots = self.recipe.snapshots
         decays = {OLD: snapshots.old.at(epoch), SAMPLING: snapshots.sampling.at(epoch)}
         for slot, decay in decays.items():
-            self.bank.update_snapshot(slot, decay)
+            self.sets.update_snapshot(slot, decay)
         return {f"{slot}_decay": decay for slot, decay in decays.items()}
+
+    def _stop_if_asked(self) -> None:
+        """Raises Interrupted on every rank when one of them got a signal."""
+        if self.ranks.any(self.stop.asked):
+            self.stop.interrupt()
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -325,14 +383,3 @@ class Trainer:
             yield
         finally:
             self._seconds[phase] += time.perf_counter() - started
-
-
-def _copied(value: Any) -> Any:
-    """A nested copy of an optimiser state."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    return value

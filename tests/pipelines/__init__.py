@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-NAMES = ("sd3",)
+NAMES = ("flux1", "flux2", "qwen_image", "sd3", "sdxl", "wan", "z_image")
 
 
 def family(name: str) -> ModuleType:

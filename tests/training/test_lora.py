@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from crd_fast.errors import CheckpointError, ConfigError
-from crd_fast.lora import BASE, OLD, SAMPLING, SLOTS, TRAINED, LoRABank
+from crd_fast.lora import LoRABank
+from crd_fast.snapshots import BASE, OLD, SAMPLING, SLOTS, TRAINED
 
 
 class Model(nn.Module):
@@ -118,7 +119,7 @@ def test_export_and_load_round_trip() -> None:
     state = bank.export(TRAINED)
     assert sorted(state) == [f"{n}.lora_{s}.weight" for n in ("first", "second") for s in "AB"]
     _, other_model, other = make(rank=3, alpha=3.0)
-    other.load({f"transformer.{name}": tensor for name, tensor in state.items()})
+    other.load(state)
     x = torch.randn(4, 6)
     for slot in SLOTS:
         with torch.no_grad(), bank.use(TRAINED), other.use(slot):
