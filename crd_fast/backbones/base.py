@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -93,9 +94,10 @@ class Backbone(ABC):
         self.config: Any = self.transformer.config
         self.device = next(self.transformer.parameters()).device
         self.dtype = options.dtype
+        self.attention: Callable[[], AbstractContextManager[Any]] = nullcontext  # predictions run inside of it
         vae = pipeline.vae.eval().requires_grad_(False)
-        if self.device.type == "cpu" and self.frames is None:
-            # CPU convolutions over small channel counts are faster in this layout
+        if self.device.type == "cpu" and all(parameter.ndim < 5 for parameter in vae.parameters()):
+            # CPU convolutions over small channel counts are faster in this layout, which videos do not have
             vae.to(memory_format=torch.channels_last)
 
     @classmethod
@@ -121,9 +123,14 @@ class Backbone(ABC):
 
     # --- velocity ---
 
-    @abstractmethod
     def predict(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity (B, *latent_shape) at noise levels sigma (B,)."""
+        with self.attention():
+            return self.velocity(x_t, sigma, conditioning)
+
+    @abstractmethod
+    def velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """What `predict` returns, whatever computes the attention."""
 
     def is_guided(self, guidance_scale: float) -> bool:
         """Whether the pipeline's guidance_scale means that two predictions are combined.

@@ -86,7 +86,7 @@ class Flux1Backbone(Backbone):
         )
         return Conditioning({"context": context, "pooled": pooled})
 
-    def predict(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         # rounded to the model's dtype where the pipeline rounds it
         time = (sigma.to(x_t.device, torch.float32) * 1000).to(self.dtype) / 1000
         return self.transformer(

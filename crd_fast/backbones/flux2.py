@@ -78,7 +78,7 @@ class Flux2Backbone(Backbone):
         )
         return Conditioning({"context": context})
 
-    def predict(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         # rounded to the model's dtype where the pipeline rounds it
         time = (sigma.to(x_t.device, torch.float32) * 1000).to(self.dtype) / 1000
         return self.transformer(

@@ -63,7 +63,7 @@ class QwenImageBackbone(Backbone):
             {"context": F.pad(context, (0, 0, 0, padding)), "mask": F.pad(mask, (0, padding)).to(torch.bool)}
         )
 
-    def predict(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         # rounded to the model's dtype where the pipeline rounds it
         time = (sigma.to(x_t.device, torch.float32) * 1000).to(self.dtype) / 1000
         return self.transformer(

@@ -59,7 +59,7 @@ class SD3Backbone(Backbone):
         )
         return Conditioning({"context": context, "pooled": pooled})
 
-    def predict(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         return self.transformer(
             hidden_states=x_t.to(self.dtype),
             timestep=sigma.to(x_t.device, torch.float32) * 1000,

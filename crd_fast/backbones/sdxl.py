@@ -83,7 +83,7 @@ class SDXLBackbone(Backbone):
             pooled[empty] = 0
         return Conditioning({"context": context, "pooled": pooled})
 
-    def predict(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         level = sigma.to(x_t.device, torch.float32).clamp(max=self._last)
         s = level.view(-1, 1, 1, 1)
         eps = self.transformer(

@@ -71,7 +71,7 @@ class WanBackbone(Backbone):
         )
         return Conditioning({"context": context})
 
-    def predict(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         # A pipeline with `expand_timesteps` gives every token its time. They differ where a first frame is given;
         # from text alone all are equal, and one time a sample means the same without an embedding for each token.
         return self.transformer(

@@ -67,7 +67,7 @@ class ZImageBackbone(Backbone):
         whole = captions[0].new_zeros(self._tokens, captions[0].shape[1])  # makes all as long as the longest allowed
         return Conditioning({"context": pad_sequence([whole, *captions], batch_first=True)[1:], "length": lengths})
 
-    def predict(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         lengths = self._lengths(conditioning.tensors["length"])
         captions = conditioning.tensors["context"].unbind()
         negated = self.transformer(

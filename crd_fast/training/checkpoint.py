@@ -35,7 +35,6 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
 from torch.futures import Future as TorchFuture
 
 from crd_fast.errors import CheckpointError
@@ -100,7 +99,7 @@ class CheckpointStore:
         failed = f"checkpoint {final} could not be written, the ones before are untouched"
         try:
             with self._together(failed):
-                state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _held(tensors).items()}
+                state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
                 if self._rank == 0:
                     self._tidy()
                     aside.mkdir(parents=True)
@@ -120,7 +119,10 @@ class CheckpointStore:
             pending.result()
 
     def _write(self, state: dict[str, Tensor], manifest: dict[str, Any], failed: str) -> None:
-        """What the thread does: this rank's files, their digests, and on rank 0 the rest."""
+        """What the thread does: this rank's files, their digests, and on rank 0 the rest.
+
+        dcp.async_save would end before the digests and the rename, which then waited for the next save.
+        """
         final, aside = self._paths(manifest["epoch"])
         try:
             with self._together(failed):
@@ -216,7 +218,7 @@ class CheckpointStore:
             _compare(reader.read_metadata().state_dict_metadata, tensors)
         with self._together(f"checkpoint {path} could not be loaded"):
             planner = DefaultLoadPlanner(flatten_state_dict=False)
-            dcp.load(_held(tensors), storage_reader=reader, planner=planner, process_group=self._group)
+            dcp.load(dict(tensors), storage_reader=reader, planner=planner, process_group=self._group)
 
     def _verify(self, path: Path) -> dict[str, Any] | str:
         """The manifest of a checkpoint whose files are whole, or what is wrong. Each rank reads a part of the files."""
@@ -288,18 +290,6 @@ def _cause(error: BaseException | None, rank: int) -> tuple[int, str] | None:
     if error is None:
         return None
     return rank, str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-
-
-def _held(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without DTensors of which this rank has an empty shard.
-
-    There is nothing to write or read, and before torch 2.8 such a shard could take the place of a real one.
-    """
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not isinstance(tensor, DTensor) or tensor.to_local().numel() or not tensor.numel()
-    }
 
 
 def _compare(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

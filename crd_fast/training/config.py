@@ -12,6 +12,9 @@ from typing import Any
 
 import yaml
 
+from crd_fast.acceleration.attention import BACKENDS
+from crd_fast.acceleration.precision import FP8, ROLES
+from crd_fast.acceleration.recompute import MODES
 from crd_fast.errors import ConfigError, nearest
 from crd_fast.losses.config import CRDConfig
 from crd_fast.rewards import registry
@@ -204,13 +207,56 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class PrecisionSettings:
-    """dtype of the frozen backbone: "fp32" or "bf16". Adapters, statistics and losses are fp32."""
+    """dtype of the backbone: "fp32" or "bf16". Adapters, statistics and losses are fp32.
+
+    train, old, ref, rollout: "fp8" for the linear layers of the blocks in passes of that kind; None is `dtype`. train
+    and old must be equal, or their difference, the implicit reward, is biased. ref is measured before it is used.
+    """
 
     dtype: str = "bf16"
+    train: str | None = None
+    old: str | None = None
+    ref: str | None = None
+    rollout: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("fp32", "bf16"):
             raise ConfigError(f"precision.dtype is {self.dtype!r}: expected 'fp32' or 'bf16'")
+        for role in ROLES:
+            if getattr(self, role) not in (None, self.dtype, FP8):
+                raise ConfigError(
+                    f"precision.{role} is {getattr(self, role)!r}: expected 'fp8', or {self.dtype!r} as precision.dtype"
+                )
+        roles = self.roles()
+        if roles["train"] != roles["old"]:
+            raise ConfigError(
+                f"precision.train is {roles['train']!r} and precision.old is {roles['old']!r}: the implicit reward is "
+                "their difference, so set both alike"
+            )
+
+    def roles(self) -> dict[str, str]:
+        """The precision of every kind of pass."""
+        return {role: getattr(self, role) or self.dtype for role in ROLES}
+
+
+@dataclass(frozen=True)
+class AccelerationSettings:
+    """What makes passes faster and leaves what they compute.
+
+    compile: the repeated blocks, one by one. attention: see `acceleration.attention.BACKENDS`. recompute: "off",
+    "selective" or "full", activations computed again in the backward pass instead of kept.
+    """
+
+    compile: bool = False
+    attention: str = "native"
+    recompute: str = "off"
+
+    def __post_init__(self) -> None:
+        for name, known in (("attention", BACKENDS), ("recompute", MODES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"acceleration.{name} is {getattr(self, name)!r}{nearest(getattr(self, name), known)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -256,6 +302,7 @@ class Recipe:
     rollout: RolloutSettings = RolloutSettings()
     train: TrainSettings = field(default_factory=TrainSettings)
     precision: PrecisionSettings = PrecisionSettings()
+    acceleration: AccelerationSettings = AccelerationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     run: RunSettings = RunSettings()
 

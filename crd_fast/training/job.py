@@ -28,9 +28,9 @@ from crd_fast.training.checkpoint import CheckpointStore
 from crd_fast.training.config import Recipe, build_recipe, dump_recipe
 from crd_fast.training.embeddings import embed, model_key
 from crd_fast.training.memory import keep_freed_memory, peak_gigabytes
+from crd_fast.training.prepare import prepare
 from crd_fast.training.progress import Reporter, epoch_note
 from crd_fast.training.run_directory import RunDirectory, write_json, write_text
-from crd_fast.training.sharding import shard
 from crd_fast.training.stop import Interrupted, StopRequest
 from crd_fast.training.tensorboard import Scalars
 from crd_fast.training.trainer import Trainer
@@ -140,7 +140,7 @@ class _Job:
         if device.type == "cpu":
             keep_freed_memory()
         self.sets = self._parameter_sets()
-        shard(self.sets, self.backbone, recipe.train.sharding, ranks)
+        prepared = prepare(self.sets, self.backbone, recipe, ranks)
         embedded = self._embed()
         self.unconditional = embedded[:1]
         self.conditioning = embedded[1 : 1 + len(self.train_prompts)]
@@ -149,6 +149,7 @@ class _Job:
             recipe,
             self.backbone,
             self.sets,
+            prepared,
             self.train_prompts,
             self.conditioning,
             self.unconditional,
@@ -303,7 +304,7 @@ class _Job:
                 self.stop.interrupt()
             self.report.update(min(done * self.ranks.world, total))
 
-        with self.sets.rollout(self.backbone, slot):
+        with self.trainer.prepared.precisions.use("rollout"), self.sets.rollout(self.backbone, slot):
             pictures = shapes_suite.generate_images(
                 self.backbone,
                 self.test_prompts,

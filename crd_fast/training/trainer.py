@@ -20,7 +20,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import crd_fast
+from crd_fast.acceleration.precision import FP8
 from crd_fast.backbones.base import Backbone, Conditioning
 from crd_fast.data.prompts import GroupSampler, PromptSet
 from crd_fast.errors import NonFiniteError
@@ -39,6 +40,8 @@ from crd_fast.snapshots import BASE, OLD, SAMPLING, SLOTS, TRAINED, ParameterSet
 from crd_fast.training.config import Recipe
 from crd_fast.training.metrics import epoch_metrics
 from crd_fast.training.plan import DRAW_SHIFT, MicroStep, check_ranks, micro_steps
+from crd_fast.training.prepare import Prepared
+from crd_fast.training.reference_gate import gate_reference
 from crd_fast.training.stop import StopRequest
 
 Row = dict[str, Any]
@@ -57,6 +60,7 @@ class Trainer:
         recipe: Recipe,
         backbone: Backbone,
         sets: ParameterSets,
+        prepared: Prepared,
         prompts: PromptSet,
         conditioning: Conditioning,
         unconditional: Conditioning,
@@ -67,6 +71,7 @@ class Trainer:
         self.recipe = recipe
         self.backbone = backbone
         self.sets = sets
+        self.prepared = prepared
         self.prompts = prompts
         self.conditioning = conditioning
         self.unconditional = unconditional
@@ -83,6 +88,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             sets.tensors(TRAINED), lr=train.lr, weight_decay=train.weight_decay, betas=(0.9, 0.999)
         )
+        self._gated = prepared.precisions.roles["ref"] != FP8
         self.epoch = 0  # finished epochs
         self.step = 0  # optimiser steps taken
         self.skipped_in_a_row = 0
@@ -128,6 +134,9 @@ class Trainer:
         epoch = self.epoch
         batch = self._rollout(epoch)
         batch, advantage, reward_row = self._collect(batch, self._score(batch))
+        if not self._gated:
+            gate_reference(self, batch)
+            self._gated = True
         totals = self.optimize(epoch, batch, advantage)
         decays = self._move_snapshots(epoch)
         self.epoch += 1
@@ -139,6 +148,7 @@ class Trainer:
             **reward_row,
             **decays,
             "lr": self.optimizer.param_groups[0]["lr"],
+            **self.prepared.row(),
             "seconds": {name: round(value, 4) for name, value in self._seconds.items()},
             "samples_per_second": len(batch.latents) / elapsed,
         }
@@ -149,7 +159,7 @@ class Trainer:
         prompt_ids, group_ids = self.sampler.samples(epoch), self.sampler.group_ids()
         mine = self.ranks.share(len(prompt_ids))
         sample_ids = epoch * len(prompt_ids) + mine
-        with self._timed("rollout"), self.sets.rollout(self.backbone, SAMPLING):
+        with self._timed("rollout"), self._precision("rollout"), self.sets.rollout(self.backbone, SAMPLING):
             latents = generate(
                 self.backbone,
                 self.conditioning[prompt_ids[mine].to(self.backbone.device)],
@@ -264,7 +274,7 @@ class Trainer:
         prompts = self.conditioning[batch.prompt_ids[micro.rows].to(device)]
         with self._timed("no_grad"):
             old, anchor = self._frozen_predictions(fwd, prompts, micro)
-        with self._timed("forward"):
+        with self._timed("forward"), self._precision("train"):
             f_theta = self.sets.predict(self.backbone, [(TRAINED, len(x0))], fwd.x_t, sigma, prompts)
         group_ids = batch.group_ids[micro.rows] * train.timesteps + micro.timesteps
         with self._timed("loss"):
@@ -310,7 +320,7 @@ class Trainer:
         if copies and guided:
             parts.append(self.unconditional.expand(len(anchored)))
         plan = [(OLD, count)] + ([(BASE, copies * len(anchored))] if copies else [])
-        predictions = self.sets.predict(self.backbone, plan, x, sigma, Conditioning.cat(parts))
+        predictions = self._predict_rows(plan, x, sigma, Conditioning.cat(parts))
         old = crd_fast.residual_stats(predictions[:count], fwd)
         if not copies:
             return old, {}
@@ -329,6 +339,24 @@ class Trainer:
             }
         ref = self.backbone.guide(references[0], references[1], scale) if guided else references[0]
         return old, {"ref": spread(ref), "kl_weights": weights}
+
+    def _predict_rows(
+        self, plan: list[tuple[str, int]], x: Tensor, sigma: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """Old and reference rows, in one pass unless their precisions differ."""
+        if len(plan) == 1 or self.prepared.precisions.equal("old", "ref"):
+            with self._precision("old"):
+                return self.sets.predict(self.backbone, plan, x, sigma, conditioning)
+        cut = plan[0][1]
+        pieces = ((slice(cut), "old", plan[:1]), (slice(cut, None), "ref", plan[1:]))
+        parts = []
+        for rows, role, own in pieces:
+            with self._precision(role):
+                parts.append(self.sets.predict(self.backbone, own, x[rows], sigma[rows], conditioning[rows]))
+        return torch.cat(parts)
+
+    def _precision(self, role: str) -> AbstractContextManager[None]:
+        return self.prepared.precisions.use(role)
 
     def _update(self, batch: RolloutBatch, micro: MicroStep) -> tuple[float, bool]:
         """One optimiser step, or none when the gradient is not finite. Returns its norm and whether it was taken."""

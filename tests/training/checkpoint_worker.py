@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from crd_fast.errors import CheckpointError
 from crd_fast.training.checkpoint import CheckpointStore
@@ -50,22 +50,30 @@ def truth(seed: int) -> tuple[dict[str, Tensor], dict[str, int]]:
         "int64": torch.randint(-(2**60), 2**60, (9, 2), generator=source),
         "columns": torch.randn(3, 6, generator=source),
         "one row": torch.randn(1, 4, generator=source),  # of which most ranks have none
+        "hybrid": torch.randn(3, 2, generator=source),
         "scalar": torch.randn((), generator=source),
         "bytes": torch.randint(0, 256, (16,), generator=source, dtype=torch.uint8),
         "empty": torch.empty(0, 3),
         "transposed": torch.randn(4, 5, generator=source).T,
     }
     tensors["fp32"][0] = torch.tensor([float("nan"), -0.0, float("inf")])
-    return tensors, {"fp32": 0, "bf16": 0, "int64": 0, "columns": 1, "one row": 0}
+    return tensors, {"fp32": 0, "bf16": 0, "int64": 0, "columns": 1, "one row": 0, "hybrid": 0}
 
 
 def spread(tensors: dict[str, Tensor], dims: dict[str, int], mesh: DeviceMesh | None) -> dict[str, Tensor]:
-    return {
-        name: distribute_tensor(tensor.clone(), mesh, [Shard(dims[name])])
-        if mesh is not None and name in dims
-        else tensor.clone()
-        for name, tensor in tensors.items()
-    }
+    """Sharded over the mesh, as FSDP does; "hybrid" over each half of four ranks, as HSDP does."""
+    if mesh is None:
+        return {name: tensor.clone() for name, tensor in tensors.items()}
+    halves = init_device_mesh("cpu", (2, 2)) if mesh.size() == 4 else None
+    placed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name not in dims:
+            placed[name] = tensor.clone()
+        elif name == "hybrid" and halves is not None:
+            placed[name] = distribute_tensor(tensor.clone(), halves, [Replicate(), Shard(dims[name])])
+        else:
+            placed[name] = distribute_tensor(tensor.clone(), mesh, [Shard(dims[name])])
+    return placed
 
 
 def overwrite(tensors: dict[str, Tensor]) -> None:

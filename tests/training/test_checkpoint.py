@@ -316,7 +316,11 @@ def run(job: str, processes: int, folder: Path) -> tuple[list[dict[str, Any]], l
         )
         for rank in range(processes)
     ]
-    errors = [process.communicate(timeout=300)[1] for process in started]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in started]
+    finally:
+        for process in started:  # one that hangs does not outlive the test
+            process.kill()
     files = [folder / f"{job}{rank}.json" for rank in range(processes)]
     assert all(file.exists() for file in files), "\n".join(errors)
     return [json.loads(file.read_text()) for file in files], [process.returncode for process in started]

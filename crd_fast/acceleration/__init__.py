@@ -1,0 +1,1 @@
+"""What makes a backbone faster without changing what it computes: precision, compilation, attention, recomputation."""

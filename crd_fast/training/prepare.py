@@ -1,0 +1,73 @@
+"""The model as a recipe wants it run: precisions, attention, recomputation, compilation, sharding, in that order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from crd_fast.acceleration.attention import use_attention
+from crd_fast.acceleration.compilation import CompileCounter, compile_blocks
+from crd_fast.acceleration.float8_training import convert_for_full_finetuning
+from crd_fast.acceleration.precision import FP8, Precisions, apply_precisions
+from crd_fast.acceleration.recompute import checkpoint_blocks
+from crd_fast.backbones.base import Backbone
+from crd_fast.full_finetuning import FullCopies
+from crd_fast.lora import LoRABank
+from crd_fast.ranks import Ranks
+from crd_fast.snapshots import OLD, SAMPLING, TRAINED, ParameterSets
+from crd_fast.training.config import Recipe
+from crd_fast.training.sharding import shard
+
+
+class Prepared:
+    """What became of the model: its precisions, and what its compiler has done."""
+
+    def __init__(self, precisions: Precisions, counters: list[CompileCounter]) -> None:
+        self.precisions = precisions
+        self._counters = counters
+        self._warm = False
+
+    def row(self) -> dict[str, Any]:
+        """Metrics of an epoch: graphs compiled so far, and how many of them after the first epoch."""
+        if not self._counters:
+            return {}
+        if not self._warm:
+            self._warm = True
+            for counter in self._counters:
+                counter.mark_warm()
+        return {
+            "compiled_graphs": sum(counter.graphs for counter in self._counters),
+            "recompiles": sum(counter.recompiles for counter in self._counters),
+        }
+
+
+def prepare(sets: ParameterSets, backbone: Backbone, recipe: Recipe, ranks: Ranks) -> Prepared:
+    """Apply a recipe's precision, acceleration and sharding to the backbone's model and its copies, in place.
+
+    Raises ConfigError for what the device, an installed package or the model does not allow.
+    """
+    roles = recipe.precision.roles()
+    settings = recipe.acceleration
+    modules = list(sets.modules.values()) if isinstance(sets, FullCopies) else [backbone.transformer]
+    if isinstance(sets, FullCopies):
+        _round_copies(sets, backbone, roles)
+        roles = {role: precision if role == "ref" else recipe.precision.dtype for role, precision in roles.items()}
+    # of full copies, the frozen base is the one model whose layers are switched
+    precisions = apply_precisions(backbone.transformer, backbone.block_lists, roles)
+    if isinstance(sets, LoRABank) and roles["rollout"] == FP8:
+        sets.merges = False  # a merged weight would have to be rounded anew for every rollout
+    for module in modules:
+        backbone.attention = use_attention(module, settings.attention)
+    counters = []
+    for module in modules:
+        checkpoint_blocks(module, backbone.block_lists, settings.recompute, around=backbone.attention)
+        if settings.compile:
+            counters.append(compile_blocks(module, backbone.block_lists))
+    shard(sets, backbone, recipe.train.sharding, ranks)
+    return Prepared(precisions, counters)
+
+
+def _round_copies(sets: FullCopies, backbone: Backbone, roles: dict[str, str]) -> None:
+    """Full fine-tuning: each slot but the base has one role and a model of its own, with weights that change."""
+    for slot, role in ((TRAINED, "train"), (OLD, "old"), (SAMPLING, "rollout")):
+        if roles[role] == FP8:
+            convert_for_full_finetuning(sets.modules[slot], backbone.block_lists)
