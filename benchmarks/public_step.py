@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 import crd_fast
@@ -42,7 +43,7 @@ class PublicStep:
         self.backbone = backbone
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
         inject_adapter_in_model(config, backbone.transformer)
-        self.layers = [m for m in backbone.transformer.modules() if hasattr(m, "disable_adapters")]
+        self.layers = [m for m in backbone.transformer.modules() if isinstance(m, BaseTunerLayer)]
         self.parameters = [p for n, p in backbone.transformer.named_parameters() if "lora_" in n]
         for parameter in self.parameters:
             parameter.data = parameter.data.float()
@@ -124,7 +125,7 @@ class PublicStep:
 
     def _adapters(self, on: bool) -> None:
         for layer in self.layers:
-            layer.enable_adapters(on)  # type: ignore[operator]
+            layer.enable_adapters(on)
 
 
 def plain_loss(

@@ -6,8 +6,8 @@
 are dear, and computes the rest again. "full" keeps a block's inputs alone and runs the block twice. Gradients are the
 same. Nothing happens in passes without gradients.
 
-A block is recomputed when the adapters chosen for its forward pass, and the context that predictions run in, have been
-left. Both are entered again, so `LoRABank.use` has to surround the prediction only.
+A block is recomputed when the adapters and the precision chosen for its forward pass, and the context that predictions
+run in, have been left. All are entered again, so `LoRABank.use` and `Precisions.use` surround the prediction only.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from crd_fast.acceleration.compilation import repeated_blocks
+from crd_fast.acceleration.precision import SwitchedLinear
 from crd_fast.errors import ConfigError, nearest
 from crd_fast.lora import BankLinear
 
@@ -113,20 +114,22 @@ def _contexts(block: nn.Module, selective: bool) -> Contexts:
 
 
 class _Again:
-    """The state in which a block ran: which adapters were chosen, and the context of predictions."""
+    """The state in which a block ran: the chosen adapters and precision, and the context of predictions."""
 
     def __init__(self, block: Any, inner: AbstractContextManager[Any]) -> None:
-        plans = {id(layer._plan): layer._plan for layer in block.modules() if isinstance(layer, BankLinear)}
-        self._chosen = [(plan, dict(vars(plan))) for plan in plans.values()]
+        plans: list[Any] = [layer._plan for layer in block.modules() if isinstance(layer, BankLinear)]
+        precisions = [layer._precisions for layer in block.modules() if isinstance(layer, SwitchedLinear)]
+        shared = {id(state): state for state in (*plans, *precisions)}  # by all layers of a model
+        self._chosen = [(vars(state), dict(vars(state))) for state in shared.values()]
         self._around = block.around
         self._inner = inner
         self._entered: list[ExitStack] = []
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
-            for plan, chosen in self._chosen:
-                stack.callback(_replace, vars(plan), dict(vars(plan)))
-                _replace(vars(plan), chosen)
+            for state, chosen in self._chosen:
+                stack.callback(_replace, state, dict(state))
+                _replace(state, chosen)
             stack.enter_context(self._around())
             stack.enter_context(self._inner)
             self._entered.append(stack.pop_all())

@@ -140,11 +140,11 @@ class _Job:
         if device.type == "cpu":
             keep_freed_memory()
         self.sets = self._parameter_sets()
-        prepared = prepare(self.sets, self.backbone, recipe, ranks)
         embedded = self._embed()
         self.unconditional = embedded[:1]
         self.conditioning = embedded[1 : 1 + len(self.train_prompts)]
         self.test_conditioning = embedded[1 + len(self.train_prompts) :]
+        prepared = prepare(self.sets, self.backbone, recipe, ranks, self.unconditional)
         self.trainer = Trainer(
             recipe,
             self.backbone,
@@ -250,6 +250,11 @@ class _Job:
                 self.store.finish()
                 last = self.store.newest_path()
                 raise NonFiniteError(f"{error}; last good checkpoint: {last or 'none yet'}") from error
+            except RankError:
+                raise  # a save that waits for a rank that is gone would not finish
+            except CrdFastError:
+                self.store.finish()
+                raise
             row["elapsed_seconds"] = self.ranks.tell(elapsed_before + time.perf_counter() - started)
             if scalars is not None:
                 self.directory.append_metrics(row)

@@ -9,20 +9,22 @@ from crd_fast.acceleration.compilation import CompileCounter, compile_blocks
 from crd_fast.acceleration.float8_training import convert_for_full_finetuning
 from crd_fast.acceleration.precision import FP8, Precisions, apply_precisions
 from crd_fast.acceleration.recompute import checkpoint_blocks
-from crd_fast.backbones.base import Backbone
+from crd_fast.backbones.base import Backbone, Conditioning
 from crd_fast.full_finetuning import FullCopies
 from crd_fast.lora import LoRABank
 from crd_fast.ranks import Ranks
 from crd_fast.snapshots import OLD, SAMPLING, TRAINED, ParameterSets
 from crd_fast.training.config import Recipe
+from crd_fast.training.flops import forward_flops
 from crd_fast.training.sharding import shard
 
 
 class Prepared:
     """What became of the model: its precisions, and what its compiler has done."""
 
-    def __init__(self, precisions: Precisions, counters: list[CompileCounter]) -> None:
+    def __init__(self, precisions: Precisions, counters: list[CompileCounter], forward_flops: float) -> None:
         self.precisions = precisions
+        self.forward_flops = forward_flops  # of one sample
         self._counters = counters
         self._warm = False
 
@@ -40,11 +42,16 @@ class Prepared:
         }
 
 
-def prepare(sets: ParameterSets, backbone: Backbone, recipe: Recipe, ranks: Ranks) -> Prepared:
+def prepare(
+    sets: ParameterSets, backbone: Backbone, recipe: Recipe, ranks: Ranks, conditioning: Conditioning
+) -> Prepared:
     """Apply a recipe's precision, acceleration and sharding to the backbone's model and its copies, in place.
+
+    conditioning: of any one prompt, to count the model's arithmetic with.
 
     Raises ConfigError for what the device, an installed package or the model does not allow.
     """
+    flops = forward_flops(sets, backbone, conditioning)
     roles = recipe.precision.roles()
     settings = recipe.acceleration
     modules = list(sets.modules.values()) if isinstance(sets, FullCopies) else [backbone.transformer]
@@ -63,7 +70,7 @@ def prepare(sets: ParameterSets, backbone: Backbone, recipe: Recipe, ranks: Rank
         if settings.compile:
             counters.append(compile_blocks(module, backbone.block_lists))
     shard(sets, backbone, recipe.train.sharding, ranks)
-    return Prepared(precisions, counters)
+    return Prepared(precisions, counters, flops)
 
 
 def _round_copies(sets: FullCopies, backbone: Backbone, roles: dict[str, str]) -> None:

@@ -38,6 +38,7 @@ from crd_fast.rewards.base import Reward, score_batch, score_frames
 from crd_fast.rollout import RolloutBatch, generate, initial_noise
 from crd_fast.snapshots import BASE, OLD, SAMPLING, SLOTS, TRAINED, ParameterSets
 from crd_fast.training.config import Recipe
+from crd_fast.training.flops import TRAINED_PASSES, peak_flops
 from crd_fast.training.metrics import epoch_metrics
 from crd_fast.training.plan import DRAW_SHIFT, MicroStep, check_ranks, micro_steps
 from crd_fast.training.prepare import Prepared
@@ -92,8 +93,9 @@ class Trainer:
         self.epoch = 0  # finished epochs
         self.step = 0  # optimiser steps taken
         self.skipped_in_a_row = 0
+        self._predicted = 0.0  # forward passes of one sample, in this epoch's updates
         self._frozen: dict[int, tuple[crd_fast.ResidualStats, dict[str, Any]]] = {}
-        self._seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = defaultdict(float)
 
     # --- state ---
 
@@ -130,7 +132,7 @@ class Trainer:
     def run_epoch(self) -> Row:
         """Train one epoch and return its row of metrics. Raises Interrupted when a stop was asked for."""
         started = time.perf_counter()
-        self._seconds.clear()
+        self.seconds.clear()
         epoch = self.epoch
         batch = self._rollout(epoch)
         batch, advantage, reward_row = self._collect(batch, self._score(batch))
@@ -149,7 +151,7 @@ class Trainer:
             **decays,
             "lr": self.optimizer.param_groups[0]["lr"],
             **self.prepared.row(),
-            "seconds": {name: round(value, 4) for name, value in self._seconds.items()},
+            "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
             "samples_per_second": len(batch.latents) / elapsed,
         }
 
@@ -240,6 +242,7 @@ class Trainer:
                 ranks=self.ranks.world,
             )
         )
+        started, self._predicted = time.perf_counter(), 0.0
         accumulation = len(plan) // (train.updates * train.inner_epochs)
         rows: list[Tensor] = []
         norms, skipped = [], 0
@@ -260,7 +263,8 @@ class Trainer:
                     norms.append(norm)
         self._frozen.clear()
         metrics = epoch_metrics(names, self.ranks.everyone(torch.stack(rows).cpu()))
-        return metrics | {"grad_norm": sum(norms) / max(len(norms), 1), "skipped_steps": skipped}
+        metrics |= {"grad_norm": sum(norms) / max(len(norms), 1), "skipped_steps": skipped}
+        return metrics | self._throughput(time.perf_counter() - started)
 
     def _micro_step(self, batch: RolloutBatch, advantage: Tensor, micro: MicroStep) -> crd_fast.CRDOutput:
         device, train = self.backbone.device, self.recipe.train
@@ -274,6 +278,7 @@ class Trainer:
         prompts = self.conditioning[batch.prompt_ids[micro.rows].to(device)]
         with self._timed("no_grad"):
             old, anchor = self._frozen_predictions(fwd, prompts, micro)
+        self._predicted += len(x0) * TRAINED_PASSES[train.parameters]
         with self._timed("forward"), self._precision("train"):
             f_theta = self.sets.predict(self.backbone, [(TRAINED, len(x0))], fwd.x_t, sigma, prompts)
         group_ids = batch.group_ids[micro.rows] * train.timesteps + micro.timesteps
@@ -344,6 +349,7 @@ class Trainer:
         self, plan: list[tuple[str, int]], x: Tensor, sigma: Tensor, conditioning: Conditioning
     ) -> Tensor:
         """Old and reference rows, in one pass unless their precisions differ."""
+        self._predicted += len(x)
         if len(plan) == 1 or self.prepared.precisions.equal("old", "ref"):
             with self._precision("old"):
                 return self.sets.predict(self.backbone, plan, x, sigma, conditioning)
@@ -384,6 +390,12 @@ class Trainer:
             )
         return norm, finite
 
+    def _throughput(self, seconds: float) -> Row:
+        """Arithmetic of this rank's updates a second, and its share of the device's peak where that is known."""
+        achieved = self._predicted * self.prepared.forward_flops / seconds
+        peak = peak_flops(self.backbone.device)
+        return {"tflops_per_second": achieved / 1e12} | ({} if peak is None else {"mfu": achieved / peak})
+
     def _learning_rate(self) -> float:
         """Up over `warmup` steps, then flat, then down over the last `cooldown` epochs."""
         train = self.recipe.train
@@ -410,4 +422,4 @@ class Trainer:
         try:
             yield
         finally:
-            self._seconds[phase] += time.perf_counter() - started
+            self.seconds[phase] += time.perf_counter() - started

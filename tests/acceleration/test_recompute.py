@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from crd_fast.acceleration import recompute
 from crd_fast.acceleration.attention import use_attention
 from crd_fast.acceleration.compilation import compile_blocks
+from crd_fast.acceleration.precision import apply_precisions
 from crd_fast.acceleration.recompute import MODES, checkpoint_blocks
 from crd_fast.errors import ConfigError
 from crd_fast.lora import LoRABank
@@ -88,6 +89,24 @@ def test_another_adapter_chosen_meanwhile_does_not_leak_in(model: Any, bank: LoR
         assert all(torch.equal(a, b) for a, b in zip(gradients(bank), expected, strict=True))
     with pytest.raises(RuntimeError, match="no adapter chosen"):
         model(**inputs(2))
+
+
+@pytest.mark.parametrize("mode", RECOMPUTING)
+def test_blocks_are_recomputed_in_the_precision_of_the_prediction(model: Any, bank: LoRABank, mode: str) -> None:
+    """A trained pass in FP8 beside an exact reference: outside of predictions, the layers are exact."""
+    roles = {"train": "fp8", "old": "fp8", "ref": "fp32", "rollout": "fp32"}
+    precisions = apply_precisions(model, BLOCKS, roles)
+    results = []
+    for role, chosen in (("ref", "off"), ("train", "off"), ("train", mode)):
+        checkpoint_blocks(model, BLOCKS, chosen)
+        with precisions.use(role):
+            prediction = pass_of(model, bank)()
+        prediction.square().mean().backward()
+        results.append(gradients(bank))
+        assert not precisions.fp8
+    exact, expected, found = results
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(exact, expected, strict=True)), "the precision matters"
 
 
 @pytest.mark.parametrize("mode", RECOMPUTING)
