@@ -51,6 +51,10 @@ ROWS: dict[str, dict[str, Any] | str | None] = {
     "compiled": {"acceleration": {"compile": True}},
     "kl_fraction .25": {"algorithm": {"kl_fraction": 0.25}},
     "kl_fraction .25, compiled": {"algorithm": {"kl_fraction": 0.25}, "acceleration": {"compile": True}},
+    "kl_fraction .25, compiled, full recomputation": {
+        "algorithm": {"kl_fraction": 0.25},
+        "acceleration": {"compile": True, "recompute": "full"},
+    },
     "kl_fraction .25, compiled, selective": {
         "algorithm": {"kl_fraction": 0.25},
         "acceleration": {"compile": True, "recompute": "selective"},

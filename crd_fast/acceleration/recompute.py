@@ -44,8 +44,9 @@ _KEPT = {
     "_efficient_attention_forward",
 }
 _ATTENTION_LIBRARIES = ("xformers", "flash_attn")  # beginnings of their operators' namespaces
-# A product with a result this many times wider than what it sums over is cheap for its size: an adapter's second half.
-_CHEAP = 16
+# A product with a result this many times wider than what it sums over is cheap for its size: an adapter's second half,
+# and the first of an MLP, whose result is the largest of a block.
+_CHEAP = 4
 
 
 def checkpoint_blocks(model: nn.Module, block_lists: Iterable[str], mode: str, around: Around = nullcontext) -> None:
