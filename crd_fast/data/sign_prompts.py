@@ -39,7 +39,8 @@ SCENES = (
 )
 FIRST = (
     "Open Quiet Golden Silver Northern Hidden Early Gentle Bright Ancient Little Crystal Winter Summer Morning "
-    "Midnight Electric Velvet Wild Honest Final Second Modern Broken Rapid Secret Paper Stone Copper Green Scarlet Hollow"
+    "Midnight Electric Velvet Wild Honest Final Second Modern Broken Rapid Secret Paper Stone Copper Green Scarlet "
+    "Hollow"
 ).split()
 SECOND = (
     "Harbor Garden Bakery Kitchen Market Museum Station Library Theatre Valley River Bridge Window Letter Journey "
