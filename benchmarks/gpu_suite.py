@@ -4,7 +4,8 @@
     python -m benchmarks.gpu_suite --out FOLDER --dry-run        # the same code path on the CPU, tiny
 
 First every kernel against fp64 formulas, then compute-sanitizer over them where the tool is at hand, then the tables of
-`benchmarks.tables` at SD3.5-M size and at 1 GB of inputs. Writes one folder with JSON, CSV and a plot for each size.
+`benchmarks.tables` at SD3.5-M size and at 1 GB of inputs, then `benchmarks.step` on SD3.5-M. Writes one folder with
+JSON, CSV and a plot for each size, and the step's table.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import tables
+from benchmarks import step, tables
 from benchmarks.registry import WORKLOADS
 from crd_fast import ops, reference
 from crd_fast.reference import ResidualInputs
 
 SIZES = {"sd35m": (24, 16, 64, 64), "one_sample": (1, 16, 128, 128), "gigabyte": (128, 16, 256, 256)}
 DRY_SIZES = {"tiny": (4, 4, 8, 8)}
+STEP = ("sd35m", step.SIZES["sd35m"], ["public order", "crd-fast", "compiled", "kl_fraction .25, compiled, fp8"])
+DRY_STEP = ("shapes", step.Sizes(24, 12, 12), ["public order", "crd-fast"])
 CHECKED_SHAPES = [(1, 1), (2, 63), (7, 1000), (1, 2**20 + 3), (3, 16, 32, 32), (2, 9, 6), (2, 3, 4, 2, 5)]
 
 
@@ -138,6 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refused += failed
         if rows:
             tables.save(given.out / name, rows, facts)
+    step_model, step_sizes, step_rows = DRY_STEP if given.dry_run else STEP
+    dtype = torch.float32 if given.dry_run else torch.bfloat16
+    step.write(given.out / "step", step_model, step_sizes, step_rows, device, dtype, rounds=1 if given.dry_run else 3)
     facts |= {"refused": refused, "seconds": time.perf_counter() - started}
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "suite.json").write_text(json.dumps(facts, indent=1) + "\n")

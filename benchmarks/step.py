@@ -233,6 +233,7 @@ def table(results: dict[str, Measured], sizes: Sizes, device: torch.device) -> l
         rows.append(
             {
                 "row": name,
+                "seconds": seconds,
                 "samples_per_second": sizes.samples * sizes.timesteps / seconds,
                 "x": statistics.median(a / b for a, b in zip(base.seconds, result.seconds, strict=True)),
                 "peak_mib": result.peak / 2**20,
@@ -257,6 +258,36 @@ def shown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write(
+    folder: Path | None,
+    model: str,
+    sizes: Sizes,
+    names: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+) -> None:
+    """Measure rows, print them, and leave step.json and step.csv in a folder, if one is given."""
+    results = measure(names, model, sizes, device, dtype, rounds)
+    rows = table(results, sizes, device)
+    print(shown(rows))
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {
+        "model": model,
+        "sizes": asdict(sizes),
+        "environment": environment(device),
+        "rows": rows,
+        "seconds": {name: result.seconds for name, result in results.items()},
+    }
+    (folder / "step.json").write_text(json.dumps(document, indent=1) + "\n")
+    with (folder / "step.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [key for key in rows[0] if key != "phases"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="shapes")
@@ -278,23 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = [name for name in names if device.type == "cuda" or "fp8" not in name]
     else:
         names = [names[int(index)] for index in given.rows.split(",")]
-    results = measure(names, given.model, sizes, device, dtype, given.rounds)
-    rows = table(results, sizes, device)
-    print(shown(rows))
-    if given.out is not None:
-        given.out.mkdir(parents=True, exist_ok=True)
-        document = {
-            "model": given.model,
-            "sizes": asdict(sizes),
-            "environment": environment(device),
-            "rows": rows,
-            "seconds": {name: result.seconds for name, result in results.items()},
-        }
-        (given.out / "step.json").write_text(json.dumps(document, indent=1) + "\n")
-        with (given.out / "step.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [key for key in rows[0] if key != "phases"], extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
+    write(given.out, given.model, sizes, names, device, dtype, given.rounds)
     return 0
 
 

@@ -239,7 +239,9 @@ class _Job:
         self.report.begin("training", train.epochs, trainer.epoch)
         started, elapsed_before = time.perf_counter(), self._elapsed_before()
         scalars = Scalars(self.directory / "tensorboard", trainer.epoch) if self.ranks.first else None
+        start = None
         while trainer.epoch < train.epochs:
+            del start  # its copies go before the next are made
             start = _EpochStart(trainer)
             try:
                 row = trainer.run_epoch()

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_suite, measure, registry, tables
+import crd_fast
+from benchmarks import gpu_suite, measure, public_step, registry, tables
 
 CPU = torch.device("cpu")
 
@@ -29,6 +30,28 @@ def test_the_gpu_suite_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert all(float(row["milliseconds"]) > 0 and float(row["share_of_copy"]) > 0 for row in rows)
     assert (tmp_path / "tiny" / "bandwidth.png").read_bytes()[:4] == b"\x89PNG"
     assert "kernel checks: 0 wrong" in capsys.readouterr().out
+    step = json.loads((tmp_path / "step" / "step.json").read_text())
+    assert [row["row"] for row in step["rows"]] == ["public order", "crd-fast"]
+    # the same passes on both sides, so the same arithmetic within what the loss itself takes
+    public, ours = (row["tflops_per_second"] * row["seconds"] for row in step["rows"])
+    assert ours == pytest.approx(public, rel=0.1) and all(row["peak_mib"] > 0 for row in step["rows"])
+
+
+def test_the_baseline_of_the_step_computes_our_loss() -> None:
+    torch.manual_seed(0)
+    f, x0, old, c, u = torch.randn(5, 12, 4, 8, 8)
+    advantages, groups = torch.randn(12), torch.arange(3).repeat_interleave(4)
+    fwd = crd_fast.noise(x0, torch.full((12,), 0.4), seed=0)
+    gradients = []
+    ours = crd_fast.loss(
+        f.requires_grad_(), fwd, old=old, advantages=advantages, group_ids=groups, ref=c, ref_uncond=u,
+        guidance_scale=4.5,
+    ).loss  # fmt: skip
+    theirs = public_step.plain_loss(f, fwd.target(), old, c, u, advantages, groups, 4.5)
+    for value in (ours, theirs):
+        gradients.append(torch.autograd.grad(value, f)[0])
+    torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
 def test_without_a_gpu_the_suite_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
