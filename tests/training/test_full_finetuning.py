@@ -116,15 +116,16 @@ def test_snapshots_move_by_their_decay(folder: Path) -> None:
         assert sampling.data_ptr() != trained.data_ptr()
 
 
+@pytest.mark.parametrize("slot", [TRAINED, SAMPLING])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rollout_leaves_nothing_behind(folder: Path, dtype: torch.dtype) -> None:
+def test_a_rollout_leaves_nothing_behind(folder: Path, dtype: torch.dtype, slot: str) -> None:
     backbone, sets = make(folder, dtype)
     given = batch(backbone)
     trained = sets.predict(backbone, [(TRAINED, 5)], *given).detach()
-    expected = sets.predict(backbone, [(SAMPLING, 5)], *given)
-    with sets.rollout(backbone, SAMPLING):
+    expected = sets.predict(backbone, [(slot, 5)], *given)
+    with sets.rollout(backbone, slot):
         inside = backbone.predict(*given)
-        assert backbone.transformer is sets.modules[SAMPLING] and not inside.requires_grad
+        assert backbone.transformer is sets.modules[slot] and not inside.requires_grad
         assert torch.equal(inside, expected)
     assert backbone.transformer is sets.modules[BASE]
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")

@@ -60,13 +60,13 @@ def test_counts_add_over_ranks_and_the_rest_are_means() -> None:
     assert epoch_metrics(names, values) == {"samples": 12.0, "singleton_groups": 3.0, "loss": 2.0}
 
 
-def test_rounding_gives_no_spread_that_is_not_a_number() -> None:
-    """Equal samples: the difference of two squares can round below zero."""
-    value = torch.tensor(0.1, dtype=torch.float32).double()
-    for ranks in range(2, 9):
-        values = torch.tensor([0.0, value.item()]).expand(ranks, 1, 2)
-        spread = epoch_metrics(["implicit_reward_std", "implicit_reward_mean"], values)["implicit_reward_std"]
-        assert spread == pytest.approx(0.0, abs=1e-6)
+@pytest.mark.parametrize(("ranks", "value"), [(3, 0.1), (6, 2.3), (7, 0.7)])
+def test_rounding_gives_no_spread_that_is_not_a_number(ranks: int, value: float) -> None:
+    """Equal samples: the mean of the squares is less than the square of the mean by a last digit."""
+    mean = torch.full((ranks, 1), value, dtype=torch.float64)
+    assert (mean.square().mean(0) - mean.mean(0).square()).item() < 0
+    values = torch.stack([torch.zeros_like(mean), mean], -1)
+    assert epoch_metrics(["implicit_reward_std", "implicit_reward_mean"], values)["implicit_reward_std"] == 0
 
 
 def test_names_and_values_must_agree() -> None:
