@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,23 @@ def read_adapter(path: str) -> dict[str, Tensor]:
         raise CheckpointError(f"LoRA file {file} cannot be read: {error}") from error
     settings = _settings(file, metadata)
     state: dict[str, Tensor] = {}
+    other = []
     for name, tensor in tensors.items():
         layer, side = _parse(name)
         if side is None:
+            if not name.endswith(".alpha"):
+                other.append(name)
             continue
         if side == "B":
-            tensor = tensor * _scale(layer, tensor.shape[1], tensors, settings)
+            tensor = tensor.float() * _scale(layer, tensor.shape[1], tensors, settings)
         state[f"{layer}.lora_{side}.weight"] = tensor
     if not state:
         raise CheckpointError(f"LoRA file {file} has no *.lora_A.weight: it holds {sorted(tensors)[:3]}")
+    if other:
+        raise CheckpointError(
+            f"LoRA file {file} holds {sorted(other)[0]}: DoRA magnitudes, biases and whole layers "
+            "cannot be read; train the adapter without them"
+        )
     return state
 
 
@@ -84,6 +93,8 @@ def _scale(layer: str, rank: int, tensors: dict[str, Tensor], settings: dict[str
             return float(tensors[f"{prefix}{layer}.alpha"]) / rank
     if "lora_alpha" not in settings:
         return 1.0
-    alpha = next((v for k, v in (settings.get("alpha_pattern") or {}).items() if layer.endswith(k)), None)
+    alpha = next(
+        (v for k, v in (settings.get("alpha_pattern") or {}).items() if re.match(rf"(?:.*\.)?(?:{k})$", layer)), None
+    )
     alpha = settings["lora_alpha"] if alpha is None else alpha
     return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)

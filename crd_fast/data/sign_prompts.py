@@ -1,5 +1,4 @@
-"""Prompts that ask for a readable text, for the OCR reward: texts of the training and the test set have nothing in
-common.
+"""Prompts that ask for a readable text, for the OCR reward; no text is in both the training and the test set.
 
     python -m crd_fast.data.sign_prompts --train 2000 --test 200 --out recipes/prompts
 
@@ -62,7 +61,7 @@ def sign_prompts(train: int, test: int, seed: int = 0) -> tuple[list[str], list[
     if train < 1 or test < 1 or train + test > len(known):
         raise ValueError(f"{train} + {test} prompts: expected at least 1 of each and {len(known)} together at most")
     rng = np.random.default_rng(seed)
-    # a third each of one or two words, as far as they go, so that short texts are not drowned by the many long ones
+    # half of them have one or two words, as far as those go, so that they are not drowned by the many longer ones
     short = [text for text in known if text.count(" ") < 2]
     long = [text for text in known if text.count(" ") == 2]
     wanted = train + test

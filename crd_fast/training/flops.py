@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from crd_fast.backbones.base import Backbone, Conditioning
 from crd_fast.snapshots import BASE, ParameterSets
@@ -13,6 +15,7 @@ _PEAK = {
     "A100": 312e12,
     "H100": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H200": 989e12,
     "B200": 2250e12,
     "L40S": 362e12,
@@ -22,11 +25,19 @@ _PEAK = {
 TRAINED_PASSES = {"lora": 2.2, "full": 3.0}
 
 
+def _attention(query: Any, key: Any, value: Any, *others: Any, **settings: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# torch's counter knows the attention kernels of GPUs alone
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+
+
 @torch.no_grad()
 def forward_flops(sets: ParameterSets, backbone: Backbone, conditioning: Conditioning) -> float:
     """Floating-point operations of one sample's prediction. conditioning: of one prompt."""
     x = torch.zeros(1, *backbone.latent_shape, device=backbone.device)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         sets.predict(backbone, [(BASE, 1)], x, torch.full((1,), 0.5, device=backbone.device), conditioning)
     return float(counter.get_total_flops())
 
