@@ -74,7 +74,7 @@ def train(recipe: Path, *arguments: str, code: int = 0) -> None:
 
 def rows(run: Path) -> list[dict[str, Any]]:
     """Metrics without the wall clock."""
-    timed = ("seconds", "samples_per_second", "elapsed_seconds")
+    timed = ("seconds", "samples_per_second", "elapsed_seconds", "tflops_per_second")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
