@@ -247,12 +247,12 @@ def table(results: dict[str, Measured], sizes: Sizes, device: torch.device) -> l
 
 
 def shown(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'':38} {'samples/s':>10} {'x':>6} {'peak MiB':>9} {'memory':>7} {'TFLOP/s':>8} {'MFU':>6}"]
+    lines = [f"{'':46} {'samples/s':>10} {'x':>6} {'peak MiB':>9} {'memory':>7} {'TFLOP/s':>8} {'MFU':>6}"]
     for row in rows:
         achieved = "" if row["tflops_per_second"] is None else f"{row['tflops_per_second']:8.3f}"
         share = "" if row["mfu"] is None else f"{row['mfu']:6.1%}"
         lines.append(
-            f"{row['row']:38} {row['samples_per_second']:10.1f} {row['x']:6.2f} {row['peak_mib']:9.1f} "
+            f"{row['row']:46} {row['samples_per_second']:10.1f} {row['x']:6.2f} {row['peak_mib']:9.1f} "
             f"{row['memory']:7.2f} {achieved:>8} {share:>6}"
         )
     return "\n".join(lines)
