@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 
@@ -32,4 +34,19 @@ def text_encoder(tokens: CLIPTokenizer) -> CLIPTextModelWithProjection:
             eos_token_id=tokens.eos_token_id,
             pad_token_id=tokens.pad_token_id,
         )
+    )
+
+
+def autoencoder(channels: int, **settings: Any) -> AutoencoderKL:
+    """64x64 images, latents (channels, 8, 8). settings: of the class, scaling and shift above all."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=2,
+        sample_size=64,
+        mid_block_add_attention=False,
+        **settings,
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
 from crd_fast.backbones import LoadOptions
-from tests.pipelines.common import tokenizer
+from tests.pipelines.common import autoencoder, tokenizer
 
 FAMILY = "flux1"
 PIPELINE = FluxPipeline
@@ -35,20 +35,7 @@ def save(folder: Path, seed: int = 0, *, told_guidance: bool = True) -> Path:
         axes_dims_rope=(4, 6, 6),
     )
     strengthen(transformer, 1.75)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 4, 4, 4),
-        layers_per_block=1,
-        latent_channels=LATENT,
-        norm_num_groups=2,
-        sample_size=64,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.4,
-        shift_factor=0.1,
-    )
+    vae = autoencoder(LATENT, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.4, shift_factor=0.1)
     FluxPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from crd_fast.backbones import LoadOptions
-from tests.pipelines.common import text_encoder, tokenizer
+from tests.pipelines.common import autoencoder, text_encoder, tokenizer
 
 FAMILY = "sd3"
 PIPELINE = StableDiffusion3Pipeline
@@ -35,18 +35,7 @@ def save(folder: Path, seed: int = 0) -> Path:
         pos_embed_max_size=8,
         qk_norm="rms_norm",
     )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 4, 4, 4),
-        layers_per_block=1,
-        latent_channels=LATENT,
-        norm_num_groups=2,
-        sample_size=64,
-        mid_block_add_attention=False,
-        scaling_factor=1.1,
-        shift_factor=0.05,
-    )
+    vae = autoencoder(LATENT, scaling_factor=1.1, shift_factor=0.05)
     StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.5),

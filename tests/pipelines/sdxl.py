@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
 from crd_fast.backbones import LoadOptions
-from tests.pipelines.common import text_encoder, tokenizer
+from tests.pipelines.common import autoencoder, text_encoder, tokenizer
 
 FAMILY = "sdxl"
 PIPELINE = StableDiffusionXLPipeline
@@ -53,17 +53,7 @@ def save(
         addition_time_embed_dim=TIME,
         projection_class_embeddings_input_dim=POOLED + 6 * TIME,
     )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 4, 4, 4),
-        layers_per_block=1,
-        latent_channels=LATENT,
-        norm_num_groups=2,
-        sample_size=64,
-        mid_block_add_attention=False,
-        scaling_factor=0.13025,
-    )
+    vae = autoencoder(LATENT, scaling_factor=0.13025)
     StableDiffusionXLPipeline(
         unet=unet,
         scheduler=scheduler or EulerDiscreteScheduler(**SCHEDULE),

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from crd_fast.backbones import LoadOptions
+from tests.pipelines.common import autoencoder
 from tests.pipelines.qwen_image import tokenizer
 
 FAMILY = "z_image"
@@ -58,18 +59,7 @@ def save(folder: Path, seed: int = 0) -> Path:
     )
     for padding in (transformer.x_pad_token, transformer.cap_pad_token):  # zero until they are trained
         torch.nn.init.normal_(padding)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 4, 4, 4),
-        layers_per_block=1,
-        latent_channels=LATENT,
-        norm_num_groups=2,
-        sample_size=64,
-        mid_block_add_attention=False,
-        scaling_factor=0.9,
-        shift_factor=0.05,
-    )
+    vae = autoencoder(LATENT, scaling_factor=0.9, shift_factor=0.05)
     ZImagePipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
