@@ -82,7 +82,10 @@ class ParameterSets(ABC):
 
     @abstractmethod
     def save(self, backbone: Backbone, folder: Path, slot: str = TRAINED) -> None:
-        """Write a slot to `folder` in a form that diffusers loads. Called on every rank; the first one writes."""
+        """Write a slot to `folder` in a form that diffusers loads.
+
+        Light sets are saved by one rank; others are called on every rank, and the first one writes.
+        """
 
     def tensors(self, slot: str) -> list[nn.Parameter]:
         """All tensors of a slot, in a fixed order."""

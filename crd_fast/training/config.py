@@ -307,6 +307,11 @@ class Recipe:
     run: RunSettings = RunSettings()
 
     def __post_init__(self) -> None:
+        if self.train.parameters == "full" and self.lora.path is not None:
+            raise ConfigError(
+                f"lora.path is {self.lora.path!r} but train.parameters is 'full', which has no adapter to start: merge "
+                "it into the model first, or train a LoRA"
+            )
         if not self.rewards:
             raise ConfigError(f"recipe {self.name} has no rewards: name at least one of {registry.available()}")
 

@@ -210,7 +210,8 @@ class _Job:
             if self.recipe.evaluation.reference_guidance is not None:
                 self._evaluate("guided", BASE, self.recipe.evaluation.reference_guidance)
         self._train()
-        self.sets.save(self.backbone, self.directory / self.sets.folder)
+        if self.ranks.first or not self.sets.light:  # adapters are whole on every rank, a sharded model is gathered
+            self.sets.save(self.backbone, self.directory / self.sets.folder)
         if self.recipe.evaluation.suite is not None:
             self._evaluate("after", TRAINED)
         if self.ranks.first:

@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 from crd_fast import backbones, cli
+from crd_fast.errors import ConfigError
 from crd_fast.lora import LoRABank
 from crd_fast.lora_file import read_adapter
 from crd_fast.rollout import generate, initial_noise
@@ -51,7 +52,9 @@ def our_samples(family: ModuleType, folder: Path, lora: Path | None, guidance: f
 def test_samples_equal_the_pipelines_own(family: ModuleType, folder: Path, guided: bool) -> None:
     """Sign, time convention, noise levels, text, guidance and decoding at once: any of them wrong shows here."""
     if guided and family.GUIDANCE is None:
-        pytest.skip(f"{family.FAMILY} has no guidance that combines two predictions")
+        with pytest.raises(ConfigError, match="guidance_scale is 2.5"):
+            our_samples(family, folder, None, 2.5)
+        return
     guidance = family.GUIDANCE if guided else None
     start, ours = our_samples(family, folder, None, guidance)
     theirs = family.sample(folder, None, PROMPTS, start, 3, guidance)
@@ -75,9 +78,10 @@ def test_velocity_has_the_layout_of_the_latents(family: ModuleType, folder: Path
 
 
 def test_guidance_is_what_the_loss_combines(family: ModuleType, folder: Path) -> None:
-    if family.GUIDANCE is None:
-        pytest.skip(f"{family.FAMILY} has no guidance that combines two predictions")
     backbone = backbones.load(str(folder), options=family.OPTIONS)
+    if family.GUIDANCE is None:
+        assert backbone.guidance == "distilled" and not backbone.is_guided(backbone.unguided_scale)
+        return
     assert backbone.is_guided(family.GUIDANCE) and not backbone.is_guided(backbone.unguided_scale)
     c, u = torch.randn(2, 2, *backbone.latent_shape, dtype=torch.float32)
     if backbone.guidance == "linear":

@@ -115,12 +115,13 @@ def test_the_reference_is_measured_before_it_is_fp8(
         ("acceleration.recompute=fll", "did you mean 'full'"),
         ("train.sharding=fsdp", "there is one rank"),
         ("rollout.solver=heun", "rollout.solver is 'heun'"),
+        ("train.parameters=full lora.path=/nowhere", "no adapter to start"),
     ],
 )
 def test_wrong_settings_say_what_is_right(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
 ) -> None:
-    assert cli.main(["train", str(recipe), f"run.dir={tmp_path / 'run'}", override]) == 2
+    assert cli.main(["train", str(recipe), f"run.dir={tmp_path / 'run'}", *override.split()]) == 2
     assert message in capsys.readouterr().err
 
 
