@@ -65,5 +65,5 @@ $(VENV)/.installed: $(SOURCES) $(VENV)/.torch
 	touch $@
 
 $(VENV)/.installed-dev: $(SOURCES) $(VENV)/.torch
-	$(BIN)/python -m pip install -c constraints.txt -e ".[train,rewards,dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[train,rewards,serve,dev]"
 	touch $(VENV)/.installed $@

@@ -92,13 +92,17 @@ class Budget:
 
     @property
     def copies(self) -> int:
-        """Full fine-tuning as it starts: the base and the slots, whole on every rank."""
+        """Full fine-tuning of one rank as it starts: the base and the slots."""
         return self.bf16 + FP32 * len(SLOTS) * (self.parameters + self.buffers)
 
     @property
     def prompts(self) -> int:
         """Embeddings of `PROMPTS` prompts."""
         return BF16 * self.embedding * PROMPTS
+
+    def start(self, ranks: int) -> float:
+        """The most that one of several ranks holds before its copies are made: the base, whole and its share."""
+        return self.bf16 + BF16 * self.parameters / ranks
 
     def full(self, ranks: int) -> float:
         """Full fine-tuning on one of `ranks` that share it: base, slots, moments and gradient."""
@@ -227,7 +231,7 @@ def tables() -> list[tuple[str, list[dict[str, Any]]]]:
             }
         )
         shares = {f"{ranks} rank{'s' if ranks > 1 else ''}": _gigabytes(found.full(ranks)) for ranks in RANKS}
-        trained.append({"model": name, "start, any rank": _gigabytes(found.copies), **shares})
+        trained.append({"model": name, **shares, f"start, {RANKS[1]} ranks": _gigabytes(found.start(RANKS[1]))})
     return [
         (f"Frozen model and a LoRA of rank {RANK}, GB a rank, not sharded", frozen),
         ("Full fine-tuning, GB a rank, sharded over all ranks", trained),

@@ -34,8 +34,10 @@ from benchmarks.tables import environment
 from crd_fast.data.prompts import PromptSet
 from crd_fast.lora import LoRABank
 from crd_fast.ranks import Ranks
+from crd_fast.rewards.scorer import Scorer
 from crd_fast.rollout import RolloutBatch
 from crd_fast.training.config import build_recipe
+from crd_fast.training.experience import Experience
 from crd_fast.training.flops import peak_flops
 from crd_fast.training.prepare import prepare
 from crd_fast.training.stop import StopRequest
@@ -148,16 +150,17 @@ def trainer_run(
         PromptSet(("benchmark",) * groups, ({},) * groups, "benchmark", tuple(range(groups))),
         given.conditioning,  # a row a sample
         model.unconditional,
-        {},
+        Scorer({}),
         StopRequest(),
         Ranks(),
     )
     samples = torch.arange(sizes.samples)
     batch = RolloutBatch(given.latents, samples, samples // sizes.group_size, samples)
+    experience = Experience(batch, given.advantages, None, {})
 
     def run() -> None:
-        trainer.seconds.clear()
-        trainer.optimize(trainer.epoch, batch, given.advantages)
+        trainer.phases.seconds.clear()
+        trainer.optimize(trainer.epoch, experience)
         trainer.epoch += 1
 
     return run, trainer
@@ -186,7 +189,7 @@ def timed(run: Callable[[], None], device: torch.device) -> float:
 def described(run: Callable[[], None], trainer: Trainer | None, device: torch.device, seconds: list[float]) -> Measured:
     peak = peak_bytes(run, device)
     if trainer is not None:
-        phases = {name: round(value, 4) for name, value in trainer.seconds.items()}
+        phases = {name: round(value, 4) for name, value in trainer.phases.seconds.items()}
         if trainer.recipe.acceleration.compile:  # the counter cannot look into compiled graphs
             return Measured(seconds, peak, None, phases)
     with FlopCounterMode(display=False) as counter:

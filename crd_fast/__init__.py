@@ -6,6 +6,7 @@ subpackages that are imported by name.
 
 from __future__ import annotations
 
+from crd_fast import didr, schedules
 from crd_fast.forward_process import Noised, ResidualStats, noise, residual_stats
 from crd_fast.losses import CRDConfig, CRDLoss, CRDOutput, loss
 
@@ -18,7 +19,9 @@ __all__ = [
     "Noised",
     "ResidualStats",
     "__version__",
+    "didr",
     "loss",
     "noise",
     "residual_stats",
+    "schedules",
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from crd_fast.errors import CrdFastError
+from crd_fast.errors import ConfigError, CrdFastError, nearest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +57,59 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--device", default=None)
     sample.set_defaults(run=_sample)
 
+    serve = commands.add_parser(
+        "serve-reward",
+        help="compute rewards for other machines",
+        description="Serve rewards over HTTP until SIGTERM. A run asks for them with the reward 'remote'.",
+    )
+    serve.add_argument("rewards", nargs="+", metavar="reward", help="such as ocr jpeg_compressibility")
+    serve.add_argument("--options", type=Path, metavar="FILE", help="YAML: a section of options for each reward")
+    serve.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="if not loopback, needs a token")
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: 8000)")
+    serve.add_argument("--token-file", type=Path, metavar="FILE", help="bearer token; else CRD_FAST_REWARD_TOKEN")
+    for name, default, text in (
+        ("workers", 1, "processes, each with models of its own"),
+        ("queue", 256, "requests that may wait; more get 503"),
+        ("max-body-mb", 32.0, "of a request, in MiB"),
+        ("max-pixels", 2**22, "of an image"),
+        ("body-seconds", 30.0, "for sending a request"),
+        ("score-seconds", 600.0, "for scoring a request"),
+        ("grace-seconds", 30.0, "for work under way at SIGTERM"),
+    ):
+        text += " (default: %(default)s)"
+        serve.add_argument(f"--{name}", type=type(default), default=default, metavar="N", help=text)
+    serve.set_defaults(run=_serve_reward)
+
+    score = commands.add_parser("score", help="scores of the images in a folder")
+    score.add_argument("rewards", help="names, separated by commas, such as ocr,geneval")
+    score.add_argument("folder", type=Path, help="with metadata.jsonl, rows {file_name, prompt, ...}")
+    score.add_argument("--json", action="store_true", help="print every score instead of means")
+    score.add_argument("--options", type=Path, metavar="FILE", help="YAML: a section of options for each reward")
+    score.add_argument("--batch", type=int, default=32, help="images at a time (default: 32)")
+    score.set_defaults(run=_score)
+
+    evaluate = commands.add_parser("eval", help="make a suite's images, score them, write tables and a page")
+    evaluate.add_argument("--suite", required=True, help="shapes, geneval, ocr or drawbench")
+    evaluate.add_argument("--model", help="pipeline folder or hub id")
+    evaluate.add_argument("--lora", help="LoRA folder or file, or a run directory")
+    evaluate.add_argument("--run", dest="run_directory", type=Path, help="run directory: its base and its final LoRA")
+    evaluate.add_argument("--checkpoints", default="final", help="with --run: final, or all for every checkpoint too")
+    evaluate.add_argument("--prompts", help="the suite's prompts, .jsonl or .txt")
+    evaluate.add_argument("--out", type=Path, help="default: <run>/eval-<suite>, or evaluations/<suite>")
+    evaluate.add_argument("--scorers", help="rewards to score with instead of the suite's, separated by commas")
+    evaluate.add_argument("--options", type=Path, metavar="FILE", help="YAML: a section of options for each reward")
+    evaluate.add_argument("--guidance-scale", type=float, help="as in the pipeline; default: none")
+    evaluate.add_argument("--steps", type=int)
+    evaluate.add_argument("--resolution", type=int, help="pixels")
+    evaluate.add_argument("--max-sequence-length", type=int, help="text tokens of a T5 encoder")
+    evaluate.add_argument("--images-per-prompt", type=int)
+    evaluate.add_argument("--images-per-task", type=int, help="suite shapes only")
+    evaluate.add_argument("--batch", type=int, help="images at a time")
+    evaluate.add_argument("--seed", type=int)
+    evaluate.add_argument("--dtype", help="fp32 or bf16")
+    evaluate.add_argument("--device")
+    evaluate.set_defaults(run=_eval)
+
     doctor = commands.add_parser("doctor", help="device, versions, extension, backends, and what is missing")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -65,6 +120,9 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # torchao warns at its import of kernels for other machines, and of a registration that torch no longer needs
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _need_training_extra() -> None:
@@ -112,6 +170,49 @@ def _sample(options: argparse.Namespace) -> int:
     for file in files:
         print(file)
     return 0
+
+
+def _serve_reward(options: argparse.Namespace) -> int:
+    try:
+        from crd_fast.rewards.remote.server import serve
+    except ImportError as error:
+        raise CrdFastError(f'{error}: this command needs pip install "crd-fast[serve]"') from error
+    from crd_fast.rewards.remote.serve_settings import ServeSettings, read_token
+
+    names = ("host", "port", "workers", "queue", "max_body_mb", "max_pixels")
+    seconds = ("body_seconds", "score_seconds", "grace_seconds")
+    settings = ServeSettings(
+        rewards=_reward_options(options.rewards, options.options),
+        token=read_token(options.token_file),
+        **{name: getattr(options, name) for name in names + seconds},
+    )
+    serve(settings)
+    return 0
+
+
+def _reward_options(names: Sequence[str], file: Path | None) -> dict[str, Any]:
+    """Each reward's options, from its section of a YAML file where there is one."""
+    from crd_fast import settings
+    from crd_fast.rewards import registry
+
+    sections = settings.read_sections(file, "options file")
+    for name in sections:
+        if name not in names:
+            raise ConfigError(f"options file {file} has a section {name!r}, which is not served{nearest(name, names)}")
+    return {name: settings.build(registry.options_type(name), sections.get(name, {}), name) for name in names}
+
+
+def _score(options: argparse.Namespace) -> int:
+    from crd_fast.evaluation.commands import run_score
+
+    return run_score(options)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    _need_training_extra()
+    from crd_fast.evaluation.commands import run_eval
+
+    return run_eval(options)
 
 
 def _doctor(options: argparse.Namespace) -> int:

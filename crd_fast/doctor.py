@@ -13,6 +13,7 @@ from crd_fast.errors import ExtensionMissingError
 _OPTIONAL = {
     "train": ("diffusers", "transformers", "peft"),
     "rewards": ("rapidocr", "onnxruntime"),
+    "serve": ("fastapi", "uvicorn"),
     "triton": ("triton",),
     "fp8": ("torchao",),
     "xformers": ("xformers",),

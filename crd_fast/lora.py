@@ -1,8 +1,9 @@
 """A bank of LoRA adapters on one frozen backbone.
 
-Every adapted linear layer holds one pair (down, up) per slot: `trained` has gradients, `old` and `sampling` are
-snapshots, and `base` is no adapter at all. The rows of one batch may use different slots, so a pass over
-[old | base | base] rows is one forward. Nothing is ever swapped: a slot is chosen by naming it.
+Every adapted linear layer holds one pair (down, up) per slot. Of CRD's, `trained` has gradients, and `old` and
+`sampling` are snapshots; other algorithms have slots of their own; `base` is no adapter at all. The rows of one batch
+may use different slots, so a pass over [old | base | base] rows is one forward. Nothing is ever swapped: a slot is
+chosen by naming it.
 
 Source of the snapshots: arXiv 2603.14128, decoupled sampler and moving reference.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -27,15 +28,17 @@ from crd_fast.snapshots import BASE, SLOTS, TRAINED, ParameterSets, Rows, check_
 class BankLinear(nn.Module):
     """A frozen linear layer plus the bank's low-rank updates: y = W x + b + scale * up(down(x)), rows by slot."""
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, plan: _Plan) -> None:
+    def __init__(
+        self, base: nn.Linear, rank: int, scale: float, plan: _Plan, slots: Sequence[str], trained: Sequence[str]
+    ) -> None:
         super().__init__()
         self.base = base
         self.scale = scale
         self._plan = plan
         self._merged: Tensor | None = None
         device = base.weight.device
-        for slot in SLOTS:
-            grad = slot == TRAINED
+        for slot in slots:
+            grad = slot in trained
             down = torch.zeros(rank, base.in_features, device=device)
             up = torch.zeros(base.out_features, rank, device=device)
             setattr(self, f"down_{slot}", nn.Parameter(down, requires_grad=grad))
@@ -95,7 +98,7 @@ class LoRABank(ParameterSets):
     peft (Kaiming, a = sqrt 5), `up` zero, so every slot starts as the base.
 
     rank, alpha: the update is scaled by alpha / rank.
-    seed: of the initial `down`.
+    seed: of the initial `down`. slots, trained: see `ParameterSets`.
 
     Raises ConfigError when no layer matches, naming layers that exist.
     """
@@ -103,9 +106,20 @@ class LoRABank(ParameterSets):
     light = True
     folder = "lora"
 
-    def __init__(self, model: nn.Module, targets: Sequence[str], *, rank: int, alpha: float, seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[str],
+        *,
+        rank: int,
+        alpha: float,
+        seed: int,
+        slots: Sequence[str] = SLOTS,
+        trained: Sequence[str] = (TRAINED,),
+    ) -> None:
         if rank < 1 or alpha <= 0:
             raise ConfigError(f"LoRA rank {rank} and alpha {alpha}: expected rank >= 1 and alpha > 0")
+        self.slots, self.trained = tuple(slots), tuple(trained)
         self._plan = _Plan()
         self._layers: dict[str, BankLinear] = {}
         self.rank, self.alpha = rank, alpha
@@ -118,15 +132,29 @@ class LoRABank(ParameterSets):
             raise ConfigError(f"no linear layer ends with {list(targets)}{nearest(targets[0], linears)}")
         generator = torch.Generator().manual_seed(seed)
         for name, linear in chosen.items():
-            layer = BankLinear(linear, rank, alpha / rank, self._plan)
+            layer = BankLinear(linear, rank, alpha / rank, self._plan, self.slots, self.trained)
             bound = 1 / math.sqrt(linear.in_features)
             initial = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
             with torch.no_grad():
-                for slot in SLOTS:
+                for slot in self.slots:
                     layer.pair(slot)[0].copy_(initial)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)
             self._layers[name] = layer
+
+    @classmethod
+    def like(cls, model: nn.Module, adapter: Mapping[str, Tensor] | None, targets: Sequence[str]) -> LoRABank:
+        """A bank with the layers and the rank of an adapter in `export`'s format, or of rank 1 on `targets` for None.
+
+        What the adapter holds is not loaded.
+        """
+        if adapter is None:
+            return cls(model, targets, rank=1, alpha=1.0, seed=0)
+        downs = {
+            name.removesuffix(".lora_A.weight"): t for name, t in adapter.items() if name.endswith(".lora_A.weight")
+        }
+        rank = next(iter(downs.values())).shape[0]
+        return cls(model, list(downs), rank=rank, alpha=float(rank), seed=0)
 
     @property
     def layers(self) -> dict[str, BankLinear]:
@@ -134,8 +162,8 @@ class LoRABank(ParameterSets):
         return self._layers
 
     def named_tensors(self, slot: str) -> dict[str, nn.Parameter]:
-        if slot not in SLOTS:
-            raise ValueError(f"slot {slot!r} holds no tensors{nearest(slot, SLOTS)}")
+        if slot not in self.slots:
+            raise ValueError(f"slot {slot!r} holds no tensors{nearest(slot, self.slots)}")
         return {
             f"{name}.{side}": tensor
             for name, layer in self._layers.items()
@@ -150,7 +178,7 @@ class LoRABank(ParameterSets):
     def use(self, rows: str | Rows) -> Iterator[None]:
         """Inside, the backbone runs the named slot, or the slots of consecutive rows: [("old", 8), ("base", 16)]."""
         chosen: Rows = [(rows, 0)] if isinstance(rows, str) else list(rows)
-        check_slots(chosen)
+        check_slots(chosen, (*self.slots, BASE))
         before = self._plan.rows
         self._plan.rows = chosen
         try:
@@ -196,8 +224,8 @@ class LoRABank(ParameterSets):
         return state
 
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Fill every slot from `export`'s format, which `lora_file.read_adapter` reads from a file.
+    def load(self, state: Mapping[str, Tensor], slots: Sequence[str] | None = None) -> None:
+        """Fill the slots, by default all, from `export`'s format, which `lora_file.read_adapter` reads from a file.
 
         Raises CheckpointError naming the first layer that is missing, unknown or of another rank.
         """
@@ -207,13 +235,13 @@ class LoRABank(ParameterSets):
             raise CheckpointError(f"LoRA layer {name} is {what}: the adapter was made with other LoRA targets")
         for name, layer in self._layers.items():
             down, up = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
-            if down.shape != layer.down_trained.shape or up.shape != layer.up_trained.shape:
+            if (down.shape, up.shape) != tuple(tensor.shape for tensor in layer.pair(self.slots[0])):
                 raise CheckpointError(
                     f"LoRA layer {name} in the file has rank {down.shape[0]} and shape {tuple(up.shape[:1])} x "
                     f"{tuple(down.shape[1:])}: expected rank {self.rank} and {layer.base.out_features} x "
                     f"{layer.base.in_features}; set lora.rank to the adapter's"
                 )
-            for slot in SLOTS:
+            for slot in slots or self.slots:
                 bank_down, bank_up = layer.pair(slot)
                 bank_down.copy_(down)
                 bank_up.copy_(up / layer.scale)

@@ -7,7 +7,7 @@ files go through a gloo group of their own, so that they need no GPU and never m
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -100,6 +100,10 @@ class Ranks:
     def tell(self, value: T) -> T:
         """The first rank's value, on every rank."""
         return value if self.control is None else self._all(value)[0]
+
+    def union(self, names: Iterable[str]) -> list[str]:
+        """Every name that some rank has, in order."""
+        return sorted(set().union(*self._all(sorted(names))))
 
     def wait(self) -> None:
         """Until all ranks are here."""

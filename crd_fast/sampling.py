@@ -39,7 +39,9 @@ def sample_to_folder(
     options = backbones.LoadOptions(torch.device(chosen), dtype, max_sequence_length)
     backbone = backbones.load(model, options=options)
     adapter = None if lora is None else read_adapter(lora)
-    bank = _bank(backbone, adapter)
+    bank = LoRABank.like(backbone.transformer, adapter, backbone.lora_targets)
+    if adapter is not None:
+        bank.load(adapter)
     embedded = backbone.encode_prompts(["", *prompts])
     rows = torch.arange(len(prompts), device=backbone.device).repeat_interleave(count)
     start = initial_noise(backbone, torch.arange(len(rows)), seed)
@@ -66,13 +68,3 @@ def sample_to_folder(
         # more than one frame makes an animated PNG
         first.save(files[-1], save_all=bool(others), append_images=others, duration=1000 // 16, loop=0)
     return files
-
-
-def _bank(backbone: backbones.Backbone, adapter: dict[str, torch.Tensor] | None) -> LoRABank:
-    if adapter is None:
-        return LoRABank(backbone.transformer, backbone.lora_targets, rank=1, alpha=1.0, seed=0)
-    downs = {name.removesuffix(".lora_A.weight"): t for name, t in adapter.items() if name.endswith(".lora_A.weight")}
-    rank = next(iter(downs.values())).shape[0]
-    bank = LoRABank(backbone.transformer, list(downs), rank=rank, alpha=float(rank), seed=0)
-    bank.load(adapter)
-    return bank

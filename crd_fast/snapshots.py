@@ -59,14 +59,17 @@ class DecaySchedule:
 
 
 class ParameterSets(ABC):
-    """Everything that is trained, its two snapshots, and how a prediction chooses among them and the base.
+    """Everything that is trained, its snapshots, and how a prediction chooses among them and the base.
 
+    slots: the sets with tensors of their own, all but the base; trained: those of them with gradients.
     light: small enough that a copy is kept of every epoch's start, and an export goes into every checkpoint.
     folder: of the run directory, where the result is saved.
     """
 
     light: bool
     folder: str
+    slots: tuple[str, ...] = SLOTS
+    trained: tuple[str, ...] = (TRAINED,)
 
     @abstractmethod
     def named_tensors(self, slot: str) -> dict[str, nn.Parameter]:
@@ -91,19 +94,20 @@ class ParameterSets(ABC):
         """All tensors of a slot, in a fixed order."""
         return list(self.named_tensors(slot).values())
 
-    def before_backward(self, last: bool) -> None:  # noqa: B027 - nothing to do unless gradients are sharded
-        """Called before each backward pass; `last` is the one that an optimiser step follows."""
+    def before_backward(self, last: bool, slot: str = TRAINED) -> None:  # noqa: B027 - unless gradients are sharded
+        """Called before each backward pass of a trained slot; `last` is the one that an optimiser step follows."""
 
-    def average_gradients(self, ranks: Ranks) -> None:
-        """Make the gradients of the trained tensors the mean over the ranks; called once an optimiser step."""
-        ranks.mean_gradients(self.tensors(TRAINED))
+    def average_gradients(self, ranks: Ranks, slot: str = TRAINED) -> None:
+        """Make the gradients of a trained slot the mean over the ranks; called once an optimiser step."""
+        ranks.mean_gradients(self.tensors(slot))
 
     @torch.no_grad()
-    def update_snapshot(self, slot: str, decay: float) -> None:
-        """snapshot <- decay * snapshot + (1 - decay) * trained, in place; decay 0 copies."""
-        if slot not in SNAPSHOTS or not 0 <= decay <= 1:
-            raise ValueError(f"snapshot {slot!r} with decay {decay}: expected one of {SNAPSHOTS} and 0 <= decay <= 1")
-        trained, kept = ([_local(p) for p in self.tensors(name)] for name in (TRAINED, slot))
+    def update_snapshot(self, slot: str, decay: float, source: str = TRAINED) -> None:
+        """snapshot <- decay * snapshot + (1 - decay) * source, in place; decay 0 copies."""
+        snapshots = tuple(name for name in self.slots if name not in self.trained)
+        if slot not in snapshots or not 0 <= decay <= 1:
+            raise ValueError(f"snapshot {slot!r} with decay {decay}: expected one of {snapshots} and 0 <= decay <= 1")
+        trained, kept = ([_local(p) for p in self.tensors(name)] for name in (source, slot))
         if decay == 0:
             torch._foreach_copy_(kept, trained)
         else:

@@ -164,9 +164,31 @@ class Backbone(ABC):
         """Standard deviation of x_t at the first of `rollout_sigmas`, where the pipeline starts from Gaussian noise."""
         return 1.0
 
-    @abstractmethod
+    def sigma_at(self, share: Tensor) -> Tensor:
+        """Noise levels at shares in [0, 1] of the model's training time range, of any shape.
+
+        A flow model's time is its noise level; one that was trained on a schedule of timesteps has its own.
+        """
+        return share
+
+    def one_step_scale(self, sigma: float) -> float:
+        """What unit Gaussian noise is multiplied by, to be the x_t that a one-step generator reads at `sigma`.
+
+        A model that rescales x_t before it reads it is given the noise itself.
+        """
+        return 1.0
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """float32 in [0, 1]: images (B, 3, H, W), of a video model (B, frames, 3, H, W)."""
+        return self.decode_with_graph(latents)
+
+    @abstractmethod
+    def decode_with_graph(self, latents: Tensor) -> Tensor:
+        """What `decode` returns, with a graph to the latents where gradients are enabled.
+
+        Pixels outside of [0, 1] are cut off and have no gradient.
+        """
 
     @property
     def frames(self) -> int | None:

@@ -100,8 +100,7 @@ class Flux1Backbone(Backbone):
             return_dict=False,
         )[0]
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode_with_graph(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
         return decode_images(vae, unpack(latents, self._side) / vae.config.scaling_factor + vae.config.shift_factor)
 

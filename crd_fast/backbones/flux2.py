@@ -90,8 +90,7 @@ class Flux2Backbone(Backbone):
             return_dict=False,
         )[0]
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode_with_graph(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
         deviation = (vae.bn.running_var.float() + vae.config.batch_norm_eps).sqrt()
         return decode_images(vae, unpack(latents * deviation + vae.bn.running_mean, self._side))

@@ -83,8 +83,7 @@ class QwenImageBackbone(Backbone):
         wanted = torch.linalg.vector_norm(conditional.float(), dim=-1, keepdim=True)
         return combined * (wanted / torch.linalg.vector_norm(combined, dim=-1, keepdim=True))
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode_with_graph(self, latents: Tensor) -> Tensor:
         vae, scale = self.pipeline.vae, self.pipeline.vae_scale_factor
         pixels = self._tokens_a_side * _PATCH * scale
         unpacked = self.pipeline._unpack_latents(latents, pixels, pixels, scale).to(vae.dtype)  # (B, C, 1, H/8, W/8)

@@ -54,7 +54,7 @@ class SDXLBackbone(Backbone):
         self._ratios = ((1 - signal) / signal).sqrt().to(self.device, torch.float32)  # beta / alpha by timestep
         # between two timesteps the scheduler interpolates ratios, or, of levels that it respaced, their logarithms
         respaced = any(self._scheduler.config[f"use_{name}_sigmas"] for name in ("karras", "exponential", "beta"))
-        self._curve = torch.log if respaced else torch.clone
+        self._curve, self._uncurve = (torch.log, torch.exp) if respaced else (torch.clone, torch.clone)
         self._last = float(self._ratios[-1] / (1 + self._ratios[-1]))
         if pipeline.vae.config.force_upcast and options.dtype == torch.float16:
             pipeline.vae.to(torch.float32)  # as the pipeline does: its activations overflow in float16
@@ -105,8 +105,20 @@ class SDXLBackbone(Backbone):
         value, below, above = (self._curve(r) for r in (ratio, self._ratios[high - 1], self._ratios[high]))
         return high - 1 + ((value - below) / (above - below)).clamp(0, 1)
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def sigma_at(self, share: Tensor) -> Tensor:
+        # timestep share * T of T, between two timesteps as `timestep` reads it
+        position = (share.double() * len(self._ratios)).clamp(max=len(self._ratios) - 1)
+        ratios = self._ratios.to(share.device)
+        below = position.long().clamp(max=len(ratios) - 2)
+        low, high = self._curve(ratios[below]), self._curve(ratios[below + 1])
+        ratio = self._uncurve(low + (position - below).to(low.dtype) * (high - low))
+        return (ratio / (1 + ratio)).to(torch.float32)
+
+    def one_step_scale(self, sigma: float) -> float:
+        # the U-Net reads x_t divided by this
+        return ((1 - sigma) ** 2 + sigma**2) ** 0.5
+
+    def decode_with_graph(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
         unscaled = latents.to(vae.dtype) / vae.config.scaling_factor
         return (vae.decode(unscaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)

@@ -81,8 +81,7 @@ class WanBackbone(Backbone):
             return_dict=False,
         )[0]
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode_with_graph(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
         mean, std = (
             torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)

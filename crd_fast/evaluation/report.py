@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
-from crd_fast.errors import DataError
+from crd_fast.evaluation.pictures import data_uri
 from crd_fast.evaluation.plots import (
     SERIES_COLOURS,
     STYLE,
@@ -25,9 +23,7 @@ from crd_fast.evaluation.plots import (
 from crd_fast.evaluation.run_files import Row, Run, read_run
 
 PAIRS_PER_TASK = 6
-PAIRS_IN_TOTAL = 48  # with EMBED_BYTES this keeps a page under 3 MB
-EMBED_BYTES = 16_384  # larger images are embedded as previews
-PREVIEW_SIZE = 160
+PAIRS_IN_TOTAL = 48  # with pictures.EMBED_BYTES this keeps a page under 3 MB
 TASK_ORDER = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 TASK_NAMES = {"color_attr": "Colour attribution", "colors": "Colours", "text": "Text on a sign"}
 SIDES = ("before", "after")
@@ -257,7 +253,7 @@ def _pair(run: Run, row: Row) -> str:
     shots, marks = [], []
     for side in SIDES:
         path = run.directory / "samples" / side / row["file_name"]
-        image = f'<img src="{_data_uri(path)}" alt="{side}: {prompt}">' if path.is_file() else "n/a"
+        image = f'<img src="{data_uri(path)}" alt="{side}: {prompt}">' if path.is_file() else "n/a"
         shots.append(f'<div class="shot">{image}</div>')
         value = finite(row.get(side))
         if value is not None:
@@ -268,25 +264,6 @@ def _pair(run: Run, row: Row) -> str:
         f'<figure class="pair"{seed}><div class="duo">{"".join(shots)}</div>'
         f"<figcaption>{' → '.join(marks)} {prompt}</figcaption></figure>"
     )
-
-
-def _data_uri(path: Path) -> str:
-    """The PNG itself where it is small, a preview of at most PREVIEW_SIZE pixels a side where it is not."""
-    content, kind = path.read_bytes(), "png"
-    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-        raise DataError(f"{path} is not a PNG file: write samples as lossless PNG")
-    if len(content) > EMBED_BYTES:
-        from PIL import (
-            Image,
-        )  # Pillow comes with the samplers that write such images; small runs do not need it
-
-        with Image.open(io.BytesIO(content)) as image:
-            preview = image.convert("RGB")
-        preview.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        preview.save(buffer, format="JPEG", quality=88)
-        content, kind = buffer.getvalue(), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _tasks(run: Run) -> str:

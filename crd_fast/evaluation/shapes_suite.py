@@ -1,6 +1,7 @@
 """Held-out evaluation on the shapes world: rules, reading, and two metrics that are never trained on.
 
-Images start from noise that depends on (seed, image number) alone, so two models are compared on the same seeds.
+Images start from noise that depends on (seed, image number) alone, so two models are compared on the same seeds. They
+are rounded to 8 bits before they are scored: PNGs of them get the same numbers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from crd_fast.data.prompts import PromptSet
 from crd_fast.errors import DataError, RewardError
 from crd_fast.evaluation.frechet import RandomFeatures, frechet_distance
 from crd_fast.evaluation.intervals import clustered_bootstrap, macro_interval
+from crd_fast.evaluation.pictures import as_stored
 from crd_fast.ranks import Ranks
 from crd_fast.rewards.geneval import GenEvalReward
 from crd_fast.rewards.ocr import OcrReward
@@ -27,6 +29,7 @@ from crd_fast.shapes import world
 from crd_fast.shapes.detector import cleanliness
 
 FIRST_SAMPLE_ID = 1 << 40  # far from training's, which count up from 0
+DECODE_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,14 @@ class Evaluated:
     """One model on the suite. `summary` is a side of summary.json; the rest is row by row, N images.
 
     images (N, 3, 64, 64) in [0, 1]; prompt_ids into the test set; passed: strict score (exact reading for `text`),
-    None where it could not be read.
+    None where it could not be read; scores: every score of an image by name.
     """
 
     summary: dict[str, Any]
     images: Tensor
     prompt_ids: list[int]
     passed: list[float | None]
+    scores: list[dict[str, float]]
 
 
 def choose_prompts(test: PromptSet, images: int) -> list[int]:
@@ -84,7 +88,7 @@ def generate_images(
         batch=batch,
         on_batch=on_batch,
     )
-    pictures = torch.cat([backbone.decode(piece).cpu() for piece in latents.split(8)])
+    pictures = torch.cat([as_stored(backbone.decode(piece)) for piece in latents.split(DECODE_BATCH)])
     return ranks.gather(pictures, len(chosen))
 
 
@@ -97,17 +101,28 @@ def score(pictures: Tensor, test: PromptSet, *, images: int, seed: int) -> Evalu
     chosen = choose_prompts(test, images)
     metadata = [test.metadata[i] for i in chosen]
     side: dict[str, Any] = {"n": len(chosen), "tasks": {}}
+    scores: list[dict[str, float]] = [{} for _ in chosen]
     passed = torch.zeros(len(chosen))
     tags = [str(entry["tag"]) for entry in metadata]
     shapes = [i for i, tag in enumerate(tags) if tag != "text"]
     if shapes:
-        passed[shapes] = _score_shapes(
-            side, pictures[shapes], [metadata[i] for i in shapes], test, chosen, shapes, seed
-        )
+        found = _score_shapes(side, pictures[shapes], [metadata[i] for i in shapes], test, chosen, shapes, seed)
+        passed[shapes] = found["strict"]
+        _keep(scores, shapes, found)
     signs = [i for i, tag in enumerate(tags) if tag == "text"]
     if signs:
-        passed[signs] = _score_signs(side, pictures[signs], [test.prompts[chosen[i]] for i in signs])
-    return Evaluated(side, pictures, chosen, [None if value != value else value for value in passed.tolist()])
+        read = _score_signs(side, pictures[signs], [test.prompts[chosen[i]] for i in signs])
+        # not scored, which is not a failure
+        passed[signs] = read["ocr_exact"] if read else torch.full((len(signs),), torch.nan)
+        _keep(scores, signs, read)
+    kept = [None if value != value else value for value in passed.tolist()]
+    return Evaluated(side, pictures, chosen, kept, scores)
+
+
+def _keep(scores: list[dict[str, float]], rows: list[int], found: Mapping[str, Tensor]) -> None:
+    for name, values in found.items():
+        for row, value in zip(rows, values.tolist(), strict=True):
+            scores[row][name] = value
 
 
 def _score_shapes(
@@ -118,7 +133,7 @@ def _score_shapes(
     chosen: list[int],
     shapes: list[int],
     seed: int,
-) -> Tensor:
+) -> dict[str, Tensor]:
     prompts = [test.prompts[chosen[i]] for i in shapes]
     scores = GenEvalReward(detect_shapes)(pictures, prompts, metadata)
     for kind in ("strict", "soft"):
@@ -139,20 +154,22 @@ def _score_shapes(
     else:
         side["frechet"] = None
         side.setdefault("reasons", {})["frechet"] = f"needs more than {features.dim} images, got {len(pictures)}"
-    side["clean"] = cleanliness(pictures).mean().item()
-    return scores["strict"]
+    clean = cleanliness(pictures)
+    side["clean"] = clean.mean().item()
+    return {name: scores[name] for name in ("accuracy", "strict", "soft")} | {"clean": clean}
 
 
-def _score_signs(side: dict[str, Any], pictures: Tensor, prompts: list[str]) -> Tensor:
+def _score_signs(side: dict[str, Any], pictures: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    """Scores of images of signs; none where they cannot be read, with the reason in `side`."""
     try:
         scores = OcrReward()(pictures, prompts, [{}] * len(prompts))
     except RewardError as error:
         side["ocr"] = None
         side.setdefault("reasons", {})["ocr"] = str(error)
-        return torch.full((len(prompts),), torch.nan)  # not scored, which is not a failure
+        return {}
     side["ocr"] = scores["ocr"].mean().item()
     side["tasks"]["text"] = {
         kind: clustered_bootstrap(scores[name].tolist(), prompts).as_dict()
         for kind, name in (("strict", "ocr_exact"), ("soft", "ocr"))
     }
-    return scores["ocr_exact"]
+    return scores

@@ -39,6 +39,31 @@ class Reward(Protocol):
         ...
 
 
+@runtime_checkable
+class DifferentiableReward(Reward, Protocol):
+    """A reward with `differentiable` true: gradients reach the images."""
+
+    def differentiable_scores(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        """Scores (B,) of images (B, 3, H, W) in [0, 1], with a graph to them, on their device.
+
+        Without 8-bit rounding or PIL; how far it is from `__call__` is a tested number.
+        """
+        ...
+
+
+class PartialRewardError(RewardError):
+    """Some items of a batch could not be scored.
+
+    failures: item -> why; scores: what the reward returns otherwise, NaN at those items.
+    """
+
+    def __init__(self, name: str, failures: Mapping[int, str], scores: Mapping[str, Tensor]) -> None:
+        first = min(failures)
+        more = f" ({len(failures)} items failed)" if len(failures) > 1 else ""
+        super().__init__(f"reward {name!r} could not score item {first}: {failures[first]}{more}")
+        self.failures, self.scores = dict(failures), dict(scores)
+
+
 def check_images(images: Tensor) -> None:
     """Raises RewardError unless `images` is float (B, 3, H, W), finite, in [0, 1] and has no all-black image.
 
@@ -77,7 +102,8 @@ def check_scores(name: str, scores: Tensor, prompts: Sequence[str]) -> Tensor:
     """The scores (B,) of reward `name`, proven to be one finite float32 number on the CPU for each of B
     prompts.
 
-    Raises RewardError naming the reward, and the item and its prompt where a number is not finite.
+    Raises RewardError naming the reward; where a number is not finite PartialRewardError, which names the items and
+    their prompts.
     """
     if not isinstance(scores, Tensor):
         raise RewardError(f"reward {name!r} returned a {type(scores).__name__}: expected a float32 tensor (B,)")
@@ -92,11 +118,8 @@ def check_scores(name: str, scores: Tensor, prompts: Sequence[str]) -> Tensor:
         )
     bad = (~scores.isfinite()).nonzero().flatten().tolist()
     if bad:
-        first = bad[0]
-        raise RewardError(
-            f"reward {name!r} gave {scores[first].item()} for item {first} of {len(prompts)} "
-            f"({len(bad)} not finite), prompt {prompts[first]!r}: expected a finite number"
-        )
+        reasons = {i: f"gave {scores[i].item()} for prompt {prompts[i]!r}: expected a finite number" for i in bad}
+        raise PartialRewardError(name, reasons, {name: scores})
     return scores
 
 
@@ -106,7 +129,8 @@ def score_batch(
     """`reward(images, prompts, metadata)` with inputs and outputs checked.
 
     images (B, 3, H, W) in [0, 1]; B prompts and B metadata entries. Returns float32 (B,) CPU tensors with the
-    score under `reward.name`. Raises RewardError for anything else.
+    score under `reward.name`. Raises PartialRewardError where some items have no finite number, RewardError for
+    anything else.
     """
     check_images(images)
     batch = images.shape[0]
@@ -118,7 +142,20 @@ def score_batch(
     scores = reward(images, prompts, metadata)
     if reward.name not in scores:
         raise RewardError(f"reward {reward.name!r} returned {sorted(scores)}: expected its score under {reward.name!r}")
-    return {key: check_scores(key, value, prompts) for key, value in scores.items()}
+    failures: dict[int, str] = {}
+    for key, value in scores.items():
+        try:
+            check_scores(key, value, prompts)
+        except PartialRewardError as error:
+            about = "" if key == reward.name else f"{key} "
+            failures = {item: f"{about}{why}" for item, why in error.failures.items()} | failures
+    if failures:
+        failed = torch.zeros(batch, dtype=torch.bool)
+        failed[list(failures)] = True
+        raise PartialRewardError(
+            reward.name, failures, {key: value.masked_fill(failed, torch.nan) for key, value in scores.items()}
+        )
+    return scores
 
 
 def score_frames(
@@ -126,17 +163,26 @@ def score_frames(
 ) -> dict[str, Tensor]:
     """`score_batch` of videos (B, F, 3, H, W): a video's score is the mean over its frames.
 
-    Returns float32 (B,) CPU tensors. Raises RewardError as `score_batch` does; an item is then a frame, videos in
-    order, F frames each.
+    Returns float32 (B,) CPU tensors. Raises as `score_batch` does; a video with a frame that failed has failed.
     """
     count, frames = videos.shape[:2]
-    scores = score_batch(
-        reward,
-        videos.flatten(0, 1),
-        [prompt for prompt in prompts for _ in range(frames)],
-        [entry for entry in metadata for _ in range(frames)],
-    )
-    return {name: value.view(count, frames).mean(1) for name, value in scores.items()}
+
+    def mean(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.view(count, frames).mean(1) for name, value in scores.items()}
+
+    try:
+        scores = score_batch(
+            reward,
+            videos.flatten(0, 1),
+            [prompt for prompt in prompts for _ in range(frames)],
+            [entry for entry in metadata for _ in range(frames)],
+        )
+    except PartialRewardError as error:
+        failures: dict[int, str] = {}
+        for item, why in sorted(error.failures.items()):
+            failures.setdefault(item // frames, f"frame {item % frames}: {why}")
+        raise PartialRewardError(reward.name, failures, mean(error.scores)) from error
+    return mean(scores)
 
 
 def _positions(mask: Tensor) -> str:

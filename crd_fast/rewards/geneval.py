@@ -6,10 +6,11 @@ The engine knows no class or colour names: it compares the labels of detections 
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,18 +24,23 @@ COUNTING_THRESHOLD = 0.9  # or above this one in the counting task, where doubtf
 MAX_OBJECTS = 16  # the most confident detections kept per class
 POSITION_MARGIN = 0.1  # offsets shrink by this share of the two boxes' summed extent
 POSITION_COMPONENT = 0.5  # a relation holds when its component of the unit offset exceeds this
+MIN_OFFSET = 1e-3  # pixels; boxes whose shrunk offset is below it on both axes stand in no relation
 RELATIONS = ("left of", "right of", "above", "below")
 SCORES = ("accuracy", "strict", "soft", "strict+soft")
 
 
 @dataclass(frozen=True)
 class Detection:
-    """A found object: class label, confidence in [0, 1], box (x0, y0, x1, y1) in pixels, colour if known."""
+    """A found object: class label, confidence in [0, 1], box (x0, y0, x1, y1) in pixels, colour if known.
+
+    mask: its pixels, bool (y1 - y0, x1 - x0), if known; such a box lies on whole pixels.
+    """
 
     label: str
     score: float
     box: tuple[float, float, float, float]
     color: str | None = None
+    mask: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.score <= 1:
@@ -45,6 +51,13 @@ class Detection:
             raise RewardError(
                 f"detection of {self.label!r} has box {self.box}: expected (x0, y0, x1, y1) with x0 <= x1 and y0 <= y1"
             )
+        if self.mask is not None:
+            x0, y0, x1, y1 = self.box
+            if self.mask.dtype != torch.bool or tuple(self.mask.shape) != (y1 - y0, x1 - x0):
+                raise RewardError(
+                    f"detection of {self.label!r} has a {self.mask.dtype} mask of shape {tuple(self.mask.shape)}: "
+                    f"expected bool of the size of its box {self.box}"
+                )
 
 
 @dataclass(frozen=True)
@@ -115,13 +128,13 @@ def relations(box: tuple[float, float, float, float], other: tuple[float, float,
     """
     dx = (box[0] + box[2] - other[0] - other[2]) / 2
     dy = (box[1] + box[3] - other[1] - other[3]) / 2
-    length = math.hypot(dx, dy)
-    if length == 0:
-        return frozenset()
     margin_x = POSITION_MARGIN * (box[2] - box[0] + other[2] - other[0])
     margin_y = POSITION_MARGIN * (box[3] - box[1] + other[3] - other[1])
-    along_x = math.copysign(max(abs(dx) - margin_x, 0.0), dx) / length
-    along_y = math.copysign(max(abs(dy) - margin_y, 0.0), dy) / length
+    shrunk_x, shrunk_y = max(abs(dx) - margin_x, 0.0), max(abs(dy) - margin_y, 0.0)
+    if max(shrunk_x, shrunk_y) < MIN_OFFSET:
+        return frozenset()
+    length = math.hypot(dx, dy)
+    along_x, along_y = math.copysign(shrunk_x, dx) / length, math.copysign(shrunk_y, dy) / length
     held = (
         along_x < -POSITION_COMPONENT,
         along_x > POSITION_COMPONENT,
@@ -148,7 +161,7 @@ def evaluate(detections: Sequence[Detection], metadata: Metadata) -> GenEvalScor
     Raises DataError for metadata that is not a GenEval entry.
     """
     check_metadata(metadata)
-    found = _confident(detections, COUNTING_THRESHOLD if metadata.get("tag") == "counting" else THRESHOLD)
+    found = _confident(detections, metadata)
     include = metadata["include"]
     asked: Counter[str] = Counter()
     for part in include:
@@ -194,13 +207,29 @@ def evaluate(detections: Sequence[Detection], metadata: Metadata) -> GenEvalScor
     return GenEvalScore(float(accurate), float(strict), sum(parts) / len(parts), tuple(reasons))
 
 
-def _confident(detections: Sequence[Detection], threshold: float) -> dict[str, list[Detection]]:
+def asks_color(detections: Sequence[Detection], metadata: Metadata) -> list[int]:
+    """Indices of the detections whose colour `evaluate` looks at: the kept ones of classes with a colour asked."""
+    classes = {part["class"] for part in metadata["include"] if "color" in part}
+    return sorted(index for index in _kept(detections, metadata) if detections[index].label in classes)
+
+
+def _kept(detections: Sequence[Detection], metadata: Metadata) -> list[int]:
+    """Indices of the detections that count, the most confident first, equal ones in the order given."""
+    threshold = COUNTING_THRESHOLD if metadata.get("tag") == "counting" else THRESHOLD
+    kept: list[int] = []
+    of_class: Counter[str] = Counter()
+    for index in sorted(range(len(detections)), key=lambda i: -detections[i].score):
+        label = detections[index].label
+        if detections[index].score > threshold and of_class[label] < MAX_OBJECTS:
+            of_class[label] += 1
+            kept.append(index)
+    return kept
+
+
+def _confident(detections: Sequence[Detection], metadata: Metadata) -> dict[str, list[Detection]]:
     found: dict[str, list[Detection]] = {}
-    for detection in sorted(detections, key=lambda d: -d.score):  # stable: equal confidences keep their order
-        if detection.score > threshold:
-            objects = found.setdefault(detection.label, [])
-            if len(objects) < MAX_OBJECTS:
-                objects.append(detection)
+    for index in _kept(detections, metadata):
+        found.setdefault(detections[index].label, []).append(detections[index])
     return found
 
 
@@ -213,6 +242,8 @@ def _all_stand(relation: str, objects: Sequence[Detection], targets: Sequence[De
 class GenEvalReward:
     """GenEval as a reward: `detector` maps images (B, 3, H, W) in [0, 1] to B lists of detections.
 
+    `colors` names the colours of N found objects, given the images and N pairs of an image's index and a detection.
+    It is asked about the objects whose colour counts, and not needed where the detector itself sees colours.
     `score` chooses what is trained on: "soft" is dense but keeps paying part for a wrong image, "strict" is
     the target but is often 0 for a whole group, "strict+soft" is the mean of the two, "accuracy" is the
     benchmark's rule.
@@ -225,12 +256,13 @@ class GenEvalReward:
         detector: Callable[[Tensor], Sequence[Sequence[Detection]]],
         score: str = "soft",
         name: str = "geneval",
+        colors: Callable[[Tensor, Sequence[tuple[int, Detection]]], Sequence[str]] | None = None,
     ) -> None:
         if score not in SCORES:
             raise ConfigError(f"GenEval score is {score!r}{nearest(score, SCORES)}")
         if name in SCORES:
             raise ConfigError(f"reward name {name!r} is also the name of one of its diagnostics: choose another")
-        self.detector = detector
+        self.detector, self.colors = detector, colors
         self.score = score
         self.name = name
         self.requires: frozenset[str] = frozenset({"include"})
@@ -240,7 +272,7 @@ class GenEvalReward:
         """float32 (B,) CPU tensors: the chosen score under `name`, and accuracy, strict and soft.
 
         Raises RewardError for an item without "include", and when the detector does not return one list an
-        image.
+        image or `colors` not one name an object.
         """
         for index, (prompt, entry) in enumerate(zip(prompts, metadata, strict=True)):
             if "include" not in entry:
@@ -253,7 +285,72 @@ class GenEvalReward:
             raise RewardError(
                 f"reward {self.name!r}: the detector returned {len(found)} lists for {len(metadata)} images"
             )
+        if self.colors is not None:
+            found = self._with_colors(self.colors, images, found, metadata)
         results = [evaluate(boxes, entry) for boxes, entry in zip(found, metadata, strict=True)]
         scores = {key: torch.tensor([getattr(r, key) for r in results]) for key in ("accuracy", "strict", "soft")}
         chosen = (scores["strict"] + scores["soft"]) / 2 if self.score == "strict+soft" else scores[self.score]
         return {self.name: chosen.clone()} | scores
+
+    def _with_colors(
+        self,
+        name_colors: Callable[[Tensor, Sequence[tuple[int, Detection]]], Sequence[str]],
+        images: Tensor,
+        found: Sequence[Sequence[Detection]],
+        metadata: Sequence[Metadata],
+    ) -> list[list[Detection]]:
+        colored = [list(boxes) for boxes in found]
+        asked = [(i, j) for i, entry in enumerate(metadata) for j in asks_color(colored[i], entry)]
+        if asked:
+            names = name_colors(images, [(i, colored[i][j]) for i, j in asked])
+            if len(names) != len(asked):
+                raise RewardError(f"reward {self.name!r}: {len(names)} colours were named for {len(asked)} objects")
+            for (i, j), color in zip(asked, names, strict=True):
+                colored[i][j] = replace(colored[i][j], color=color)
+        return colored
+
+
+@dataclass(frozen=True)
+class BenchmarkSummary:
+    """The benchmark's numbers, all in [0, 1].
+
+    tasks: share of correct images of each task, in the order of the entries; overall: their mean, the number that
+    papers quote; images: share of correct images; prompts: share of prompts with at least one correct image.
+    """
+
+    tasks: dict[str, float]
+    overall: float
+    images: float
+    prompts: float
+    image_count: int
+    prompt_count: int
+
+
+def summarize(entries: Sequence[Metadata], accuracy: Sequence[Sequence[float]]) -> BenchmarkSummary:
+    """The benchmark's summary: `accuracy[i]` has a 0 or 1 for each image of `entries[i]`, as `evaluate` gives.
+
+    Every entry has a "tag", its task; equal entries are one prompt. Raises DataError for an entry without a tag or
+    without images, and for anything but 0 and 1.
+    """
+    if not entries or len(entries) != len(accuracy):
+        raise DataError(f"{len(accuracy)} lists of results for {len(entries)} entries: expected one for each")
+    by_task: dict[str, list[float]] = {}
+    by_prompt: dict[str, list[float]] = {}
+    for index, (entry, values) in enumerate(zip(entries, accuracy, strict=True)):
+        tag = entry.get("tag")
+        if not isinstance(tag, str):
+            raise DataError(f"entry {index} has tag {tag!r}: expected the name of its task")
+        if not values or any(value not in (0, 1) for value in values):
+            raise DataError(f"entry {index} has results {list(values)}: expected a 0 or 1 for each of its images")
+        by_task.setdefault(tag, []).extend(values)
+        by_prompt.setdefault(json.dumps(entry, sort_keys=True), []).extend(values)
+    tasks = {tag: sum(values) / len(values) for tag, values in by_task.items()}
+    count = sum(map(len, by_task.values()))
+    return BenchmarkSummary(
+        tasks=tasks,
+        overall=sum(tasks.values()) / len(tasks),
+        images=sum(map(sum, by_task.values())) / count,
+        prompts=sum(map(any, by_prompt.values())) / len(by_prompt),
+        image_count=count,
+        prompt_count=len(by_prompt),
+    )

@@ -117,7 +117,8 @@ class OcrSettings:
     - band: (top, bottom) as shares of the height, what "line" reads. The recogniser works at 48 pixels of
       height, so a band that fits the text tightly reads better.
     - min_confidence: lines below it are dropped.
-    - workers: threads, each with an engine of its own that uses one core.
+    - workers: that read side by side, each with an engine of its own that uses one core: processes beside a rollout,
+      threads where images are scored at once. 0 is the caller alone.
     """
 
     mode: str = "detect"
@@ -133,8 +134,8 @@ class OcrSettings:
         for field in ("min_side", "detection_side"):
             if getattr(self, field) < 32:
                 raise ConfigError(f"OCR {field} is {getattr(self, field)}: expected at least 32 pixels")
-        if self.workers < 1:
-            raise ConfigError(f"OCR workers is {self.workers}: expected at least 1")
+        if self.workers < 0:
+            raise ConfigError(f"OCR workers is {self.workers}: expected 0 or more")
         if not 0 <= self.min_confidence <= 1:
             raise ConfigError(f"OCR min_confidence is {self.min_confidence}: expected a number in [0, 1]")
         if len(self.band) != 2 or not 0 <= self.band[0] < self.band[1] <= 1:
@@ -158,9 +159,10 @@ class RapidOcrReader:
     def __call__(self, images: Tensor) -> list[list[str]]:
         """The lines read in each image of (B, 3, H, W) in [0, 1]: B lists, empty where nothing is read."""
         if self._pool is None:
-            for _ in range(self.settings.workers):
+            workers = max(self.settings.workers, 1)
+            for _ in range(workers):
                 self._engines.put(_load_engine(self.settings))
-            self._pool = ThreadPoolExecutor(self.settings.workers, thread_name_prefix="ocr")
+            self._pool = ThreadPoolExecutor(workers, thread_name_prefix="ocr")
         return list(self._pool.map(self._read, self._prepare(images)))
 
     def _prepare(self, images: Tensor) -> np.ndarray:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from crd_fast import settings
 from crd_fast.acceleration.attention import BACKENDS
 from crd_fast.acceleration.precision import FP8, ROLES
 from crd_fast.acceleration.recompute import MODES
@@ -60,17 +59,22 @@ class AlgorithmSettings(CRDConfig):
 
     guidance_scale: of the anchor, as the family's pipeline understands it; its unguided scale is no guidance.
     kl_fraction: share of (sample, timestep) pairs whose anchor is evaluated, weighted by its inverse.
-    advantage_mode, advantage_scope: see `rewards.aggregate.advantages`.
+    advantage_mode, advantage_scope, min_group: see `rewards.aggregate.advantages`.
     """
 
     guidance_scale: float = 4.5
     kl_fraction: float = 1.0
     advantage_mode: str = "sum"
     advantage_scope: str = "global"
+    min_group: int = 2
 
     def __post_init__(self) -> None:
         if not 0 < self.kl_fraction <= 1:
             raise ConfigError(f"algorithm.kl_fraction is {self.kl_fraction}: expected a share in (0, 1]")
+        if self.min_group < 2:
+            raise ConfigError(
+                f"algorithm.min_group is {self.min_group}: expected at least 2, samples are compared in it"
+            )
         if self.reduction != "mean" or self.prediction != "v":
             raise ConfigError("algorithm.reduction and algorithm.prediction belong to the loss: the trainer sets them")
         self.loss_config()
@@ -322,127 +326,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises ConfigError: no such file, YAML that does not parse, an unknown key (naming the nearest), a value of the
     wrong type or out of range.
     """
-    path = Path(path)
-    if not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(f"recipe {path} does not exist{nearest(path.stem, known)}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"recipe {path} holds a {type(tree).__name__}: expected sections such as model and train")
-    for override in overrides:
-        _apply(tree, override)
-    return build_recipe(tree, path.stem)
+    return build_recipe(settings.read_recipe(path, overrides), Path(path).stem)
 
 
 def build_recipe(tree: Mapping[str, Any], name: str) -> Recipe:
     """A recipe from nested mappings; see `load_recipe` for errors."""
-    return _build(Recipe, {"name": name} | dict(tree), "")
+    return settings.build(Recipe, {"name": name} | dict(tree), converters={dict[str, RewardSettings]: _rewards})
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal one."""
     tree = dataclasses.asdict(recipe)
     tree["rewards"] = {
-        name: _without_defaults(settings.spec) | _without_defaults(settings.options)
-        for name, settings in recipe.rewards.items()
+        name: settings.without_defaults(chosen.spec) | settings.without_defaults(chosen.options)
+        for name, chosen in recipe.rewards.items()
     }
     del tree["name"]
-    return yaml.safe_dump(_plain(tree), sort_keys=False)
-
-
-def _without_defaults(value: Any) -> dict[str, Any]:
-    return {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r}: expected key=value, such as train.lr=1e-4")
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        section = tree.setdefault(parent, {})
-        if not isinstance(section, dict):
-            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
-        tree = section
-    try:
-        tree[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
-
-
-def _build(cls: type, tree: Any, where: str) -> Any:
-    """An instance of a dataclass from a mapping, checked field by field."""
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f"{where or 'the recipe'} is {tree!r}: expected a section with {_names(cls)}")
-    known = {f.name: f for f in fields(cls)}
-    for key in tree:
-        if key not in known:
-            raise ConfigError(f"unknown key {_dotted(where, key)}{nearest(str(key), set(known) - {'name'})}")
-    hints = typing.get_type_hints(cls)
-    values = {key: _convert(hints[key], value, _dotted(where, key)) for key, value in tree.items()}
-    missing = [f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING]
-    for name in missing:
-        if name not in values:
-            raise ConfigError(f"{_dotted(where, name)} is missing: the recipe must set it")
-    return cls(**values)
-
-
-def _names(cls: type) -> str:
-    return ", ".join(f.name for f in fields(cls))
-
-
-def _dotted(where: str, key: Any) -> str:
-    return f"{where}.{key}" if where else str(key)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if hint == dict[str, RewardSettings]:
-        return _rewards(value, where)
-    if is_dataclass(hint) and isinstance(hint, type):
-        return _build(hint, value, where)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where} is {value!r}: expected a list")
-        inner = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(inner) != len(value):
-            raise ConfigError(f"{where} is {value!r}: expected {len(inner)} values")
-        return tuple(_convert(a, v, where) for a, v in zip(inner, value, strict=True))
-    if hint is float:
-        return _number(value, where)
-    if hint is bool and isinstance(value, bool) or hint is str and isinstance(value, str):
-        return value
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    names = {int: "a whole number", str: "text", bool: "true or false"}
-    raise ConfigError(f"{where} is {value!r}: expected {names.get(hint, hint)}")
-
-
-def _number(value: Any, where: str) -> float:
-    """A float; also from text such as 1e-4, which YAML 1.1 reads as a string, and inf."""
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        return float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{where} is {value!r}: expected a number") from None
+    return yaml.safe_dump(settings.plain(tree), sort_keys=False)
 
 
 def _rewards(value: Any, where: str) -> dict[str, RewardSettings]:
@@ -460,5 +360,7 @@ def _rewards(value: Any, where: str) -> dict[str, RewardSettings]:
         spec = {k: v for k, v in entries.items() if k in spec_names}
         options = {k: v for k, v in entries.items() if k in option_names}
         at = f"{where}.{name}"
-        rewards[str(name)] = RewardSettings(_build(RewardSpec, spec, at), _build(options_type, options, at))
+        rewards[str(name)] = RewardSettings(
+            settings.build(RewardSpec, spec, at), settings.build(options_type, options, at)
+        )
     return rewards

@@ -6,10 +6,8 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from torch import distributed as dist
 
 from crd_fast import backbones
@@ -22,34 +20,21 @@ from crd_fast.full_finetuning import FullCopies
 from crd_fast.lora import LoRABank
 from crd_fast.lora_file import read_adapter
 from crd_fast.ranks import RankError, Ranks, lost
-from crd_fast.rewards import registry
+from crd_fast.rewards.scorer import RewardChoice, Scorer
 from crd_fast.snapshots import BASE, TRAINED, ParameterSets
 from crd_fast.training.checkpoint import CheckpointStore
-from crd_fast.training.config import Recipe, build_recipe, dump_recipe
+from crd_fast.training.config import Recipe, dump_recipe
 from crd_fast.training.embeddings import embed, model_key
 from crd_fast.training.memory import keep_freed_memory, peak_gigabytes
 from crd_fast.training.prepare import prepare
 from crd_fast.training.progress import Reporter, epoch_note
-from crd_fast.training.run_directory import RunDirectory, write_json, write_text
+from crd_fast.training.resume import EpochStart, check_same
+from crd_fast.training.run_directory import RunDirectory
 from crd_fast.training.stop import Interrupted, StopRequest
+from crd_fast.training.summary import kept_indices, summarize
 from crd_fast.training.tensorboard import Scalars
 from crd_fast.training.trainer import Trainer
-
-# Settings that a resumed run may change: they say how long, not what.
-_FREE = (
-    "train.epochs",
-    "train.max_minutes",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.micro_batch",
-    "train.sharding",
-    "train.timeout_minutes",
-    "run.dir",
-    "run.device",
-)
-
-# Images of each task that are kept as PNG, the same ones before and after.
-KEPT_PER_TASK = 12
+from crd_fast.whole_files import write_json, write_text
 
 
 def run(recipe: Recipe, *, resume: bool = False, reporter: Reporter | None = None) -> Path:
@@ -100,7 +85,7 @@ def _open(recipe: Recipe, resume: bool, ranks: Ranks) -> RunDirectory:
         try:
             directory = RunDirectory.open(recipe.run.dir, recipe.name, resume=resume)
             if resume:
-                _check_same(recipe, directory)
+                check_same(recipe, directory)
             name = str(directory.path)
         except ConfigError as error:
             failure = error
@@ -126,10 +111,13 @@ class _Job:
         self.recipe, self.directory, self.report, self.stop = recipe, directory, report, stop
         self.ranks, self.device, self.resume = ranks, device, resume
         self.store = CheckpointStore(directory / "checkpoints", recipe.train.keep_checkpoints, ranks.control)
-        self.rewards = {name: registry.build(name, settings.options) for name, settings in recipe.rewards.items()}
+        self.scorer = Scorer(
+            {name: RewardChoice(settings.options, settings.spec.on_error) for name, settings in recipe.rewards.items()},
+            timeout_seconds=60 * recipe.train.timeout_minutes,
+        )
         self.train_prompts = load_prompts(recipe.data.prompts)
         self.test_prompts = load_prompts(recipe.data.test_prompts) if recipe.data.test_prompts else None
-        for reward in self.rewards.values():
+        for reward in self.scorer.rewards.values():
             self.train_prompts.require(reward.requires)
         if self.test_prompts is not None:
             assert_disjoint(self.train_prompts, self.test_prompts)
@@ -153,7 +141,7 @@ class _Job:
             self.train_prompts,
             self.conditioning,
             self.unconditional,
-            self.rewards,
+            self.scorer,
             stop,
             ranks,
         )
@@ -173,7 +161,7 @@ class _Job:
     def _parameter_sets(self) -> ParameterSets:
         recipe, lora = self.recipe, self.recipe.lora
         if recipe.train.parameters == "full":
-            return FullCopies(self.backbone)
+            return FullCopies(self.backbone, empty=recipe.train.sharding != "replicate")
         bank = LoRABank(
             self.backbone.transformer,
             lora.targets or self.backbone.lora_targets,
@@ -205,6 +193,20 @@ class _Job:
         if self.resume:
             self._restore()
         self.report.say(f"run directory {self.directory.path}")
+        with self.scorer:
+            self._learn()
+        if self.ranks.first:
+            minutes = summarize(self.directory, self.recipe, self.trainer.epoch, self.test_prompts)
+            self.report.say(
+                f"trained {self.trainer.epoch} epochs in {minutes:.1f} minutes, peak {peak_gigabytes():.1f} GB"
+            )
+            page = write_report(self.directory.path)
+            self.report.say(f"report {page}")
+        self.ranks.wait()
+        return self.directory.path
+
+    def _learn(self) -> None:
+        """Evaluate, train, evaluate again."""
         if self.recipe.evaluation.suite is not None:
             self._evaluate("before", BASE)
             if self.recipe.evaluation.reference_guidance is not None:
@@ -214,12 +216,6 @@ class _Job:
             self.sets.save(self.backbone, self.directory / self.sets.folder)
         if self.recipe.evaluation.suite is not None:
             self._evaluate("after", TRAINED)
-        if self.ranks.first:
-            self._summarize()
-            page = write_report(self.directory.path)
-            self.report.say(f"report {page}")
-        self.ranks.wait()
-        return self.directory.path
 
     def _restore(self) -> None:
         epochs = 0
@@ -243,7 +239,7 @@ class _Job:
         start = None
         while trainer.epoch < train.epochs:
             del start  # its copies go before the next are made
-            start = _EpochStart(trainer)
+            start = EpochStart(trainer)
             try:
                 row = trainer.run_epoch()
             except Interrupted:
@@ -287,7 +283,7 @@ class _Job:
         trainer = self.trainer
         self.store.save(trainer.epoch, trainer.tensors(), trainer.values(), export, wait=wait)
 
-    def _save_interrupted(self, start: _EpochStart) -> None:
+    def _save_interrupted(self, start: EpochStart) -> None:
         """A stopped epoch is begun again: what is saved is its start, where that is still known."""
         if start.restore(self.trainer):
             self._save(wait=True)
@@ -308,8 +304,7 @@ class _Job:
         self.report.begin(f"evaluating {side}", total)
 
         def advance(done: int) -> None:
-            if self.ranks.any(self.stop.asked):
-                self.stop.interrupt()
+            self.stop.check(self.ranks)
             self.report.update(min(done * self.ranks.world, total))
 
         with self.trainer.prepared.precisions.use("rollout"), self.sets.rollout(self.backbone, slot):
@@ -341,95 +336,9 @@ class _Job:
         """The first images of each task as PNG, the same ones on every side."""
         if side not in ("before", "after"):
             return
-        images = self.recipe.evaluation.images
-        indices = [i for i in range(len(result.images)) if i % images < KEPT_PER_TASK]
+        indices = kept_indices(len(result.images), self.recipe.evaluation.images)
         self.directory.save_images(side, result.images, indices)
-
-    def _summarize(self) -> None:
-        """summary.json holds nothing that differs between equal runs; wall time goes to timing.json."""
-        rows = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
-        sides = {}
-        for side in ("before", "guided", "after"):
-            file = self.directory / f"evaluation_{side}.json"
-            if file.exists():
-                sides[side] = json.loads(file.read_text())
-        train = self.recipe.train
-        summary = {
-            "name": self.recipe.name,
-            "seed": self.recipe.run.seed,
-            "model": self.recipe.model.path,
-            "minutes": train.max_minutes,
-            "epochs": self.trainer.epoch,
-            "samples": self.trainer.epoch * train.groups * train.group_size,
-            **{side: kept["summary"] for side, kept in sides.items()},
-        }
-        write_json(self.directory / "summary.json", summary)
-        minutes = rows[-1]["elapsed_seconds"] / 60 if rows else 0.0
-        write_json(self.directory / "timing.json", {"train_minutes": minutes, "peak_gigabytes": peak_gigabytes()})
-        self.report.say(f"trained {self.trainer.epoch} epochs in {minutes:.1f} minutes, peak {peak_gigabytes():.1f} GB")
-        if "before" in sides and "after" in sides:
-            self._write_sample_index(sides["before"], sides["after"])
-
-    def _write_sample_index(self, before: dict[str, Any], after: dict[str, Any]) -> None:
-        assert self.test_prompts is not None
-        images = self.recipe.evaluation.images
-        lines: list[str] = []
-        for index, prompt_id in enumerate(after["prompt_ids"]):
-            if index % images >= KEPT_PER_TASK:
-                continue
-            lines.append(
-                json.dumps(
-                    {
-                        "file_name": f"{len(lines):05d}.png",
-                        "prompt": self.test_prompts.prompts[prompt_id],
-                        "tag": self.test_prompts.metadata[prompt_id]["tag"],
-                        "seed": index,
-                        "before": before["passed"][index],
-                        "after": after["passed"][index],
-                    }
-                )
-            )
-        write_text(self.directory / "samples" / "metadata.jsonl", "\n".join(lines) + "\n")
-
-
-class _EpochStart:
-    """The trainer's state as an epoch began: copied where it is light, else good until the first update."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.values = trainer.values()
-        tensors = trainer.tensors()
-        self.copies = {name: tensor.clone() for name, tensor in tensors.items()} if trainer.sets.light else None
-
-    def restore(self, trainer: Trainer) -> bool:
-        """Put it back; False when it is not known any more."""
-        if self.copies is not None:
-            for name, tensor in trainer.tensors().items():
-                tensor.copy_(self.copies[name])
-        elif trainer.step != self.values["step"]:
-            return False
-        trainer.set_values(self.values)
-        return True
 
 
 def _text(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3f}"
-
-
-def _check_same(recipe: Recipe, directory: RunDirectory) -> None:
-    """A resumed run must be the same run. Raises ConfigError naming the keys that differ."""
-    saved = build_recipe(yaml.safe_load((directory / "config.yaml").read_text()), recipe.name)
-
-    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(tree, dict):
-            return {prefix: tree}
-        return {
-            k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()
-        }
-
-    old, new = (flat(yaml.safe_load(dump_recipe(r))) for r in (saved, recipe))
-    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in _FREE]
-    if changed:
-        raise ConfigError(
-            f"--resume: {', '.join(f'{key} was {old.get(key)!r}, now {new.get(key)!r}' for key in changed)}: continue "
-            "with the same settings, or start a new run"
-        )

@@ -28,7 +28,8 @@ class MicroStep:
 
     rows (B,) of the rollout batch; timesteps (B,) int64, which of its sample's; sigma (B,), one value for a group at a
     timestep; draw (B,) int64, the number of the noise within its sample; anchored (B,) bool, where the KL anchor is
-    evaluated; index: of the micro-step within its pass over the epoch's samples; last: an optimiser step follows.
+    evaluated; scale: what this rank's mean over its samples counts for, so that the ranks' averages add up to the mean
+    over an update; index: of the micro-step within its pass over the epoch's samples; last: an optimiser step follows.
     """
 
     rows: Tensor
@@ -36,6 +37,7 @@ class MicroStep:
     sigma: Tensor
     draw: Tensor
     anchored: Tensor
+    scale: float
     index: int
     last: bool
 
@@ -73,6 +75,7 @@ def micro_steps(
     schedule: Tensor,
     seed: int,
     epoch: int,
+    valid: Tensor | None = None,
     rank: int = 0,
     ranks: int = 1,
 ) -> Iterator[MicroStep]:
@@ -80,7 +83,7 @@ def micro_steps(
 
     Each group has `timesteps` noise levels, stratified over the whole epoch and shared by its samples. An update takes
     some groups with all their timesteps, or a part of those where there are more updates than groups. schedule: the
-    rollout's noise levels, without the final 0.
+    rollout's noise levels, without the final 0. valid (N,) bool: the samples of the epoch that count, None for all.
 
     Raises ConfigError; see `check_ranks`.
     """
@@ -91,7 +94,7 @@ def micro_steps(
         groups, timesteps = _pairs(settings)
         sigma = _levels(settings, schedule, seed, number)[timesteps, groups]
         anchored = _anchored(len(groups) * settings.group_size, settings.micro_batch, kl_fraction, seed, number)
-        yield from _cut(settings, groups, timesteps, sigma, anchored, drawn, rank, ranks)
+        yield from _cut(settings, groups, timesteps, sigma, anchored, valid, drawn, rank, ranks)
 
 
 def _cut(
@@ -100,6 +103,7 @@ def _cut(
     timesteps: Tensor,
     sigma: Tensor,
     anchored: Tensor,
+    valid: Tensor | None,
     drawn: int,
     rank: int,
     ranks: int,
@@ -108,6 +112,8 @@ def _cut(
     rows = (groups[:, None] * size + torch.arange(size)).reshape(-1)  # sample of the epoch, pair by pair
     timesteps, sigma = timesteps.repeat_interleave(size), sigma.repeat_interleave(size)
     update = len(rows) // settings.updates
+    counted = torch.ones(len(rows)) if valid is None else valid[rows].float()
+    of_update = counted.view(settings.updates, update).sum(1).clamp_min(1).tolist()
     for done, start in enumerate(range(0, len(rows), ranks * batch)):
         mine = slice(start + rank * batch, start + (rank + 1) * batch)
         yield MicroStep(
@@ -116,6 +122,7 @@ def _cut(
             sigma[mine],
             timesteps[mine] + drawn * settings.timesteps,
             anchored[mine],
+            scale=ranks * counted[mine].sum().item() / of_update[start // update],
             index=done,
             last=(start + ranks * batch) % update == 0,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -16,17 +15,7 @@ import torch
 from torch import Tensor
 
 from crd_fast.errors import ConfigError
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write aside and rename."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+from crd_fast.whole_files import write_json, write_text
 
 
 class RunDirectory:

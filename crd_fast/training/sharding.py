@@ -20,7 +20,7 @@ from crd_fast.errors import ConfigError
 from crd_fast.full_finetuning import FullCopies
 from crd_fast.lora import LoRABank
 from crd_fast.ranks import Ranks
-from crd_fast.snapshots import BASE, SLOTS, ParameterSets
+from crd_fast.snapshots import BASE, ParameterSets
 
 
 def shard(sets: ParameterSets, backbone: Backbone, sharding: str, ranks: Ranks) -> None:
@@ -40,8 +40,9 @@ def shard(sets: ParameterSets, backbone: Backbone, sharding: str, ranks: Ranks) 
                 module, backbone.block_lists, mesh, mp_policy=policy if slot != BASE else MixedPrecisionPolicy()
             )
         sets.sharded = True
+        sets.fill()
     if isinstance(sets, LoRABank):
-        adapters = {tensor for slot in SLOTS for tensor in sets.tensors(slot)}
+        adapters = {tensor for slot in sets.slots for tensor in sets.tensors(slot)}
         if "ignored_params" not in inspect.signature(fully_shard).parameters:
             raise ConfigError(f"train.sharding with a LoRA needs torch >= 2.7, this is {torch.__version__}")
         _shard_blocks(backbone.transformer, backbone.block_lists, mesh, ignored_params=adapters)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from types import FrameType, TracebackType
 
+from crd_fast.ranks import Ranks
+
 
 class Interrupted(Exception):  # noqa: N818 - a request that was granted, not an error
     """Raised by `StopRequest.interrupt` after a signal; `name` is the signal's."""
@@ -40,6 +42,11 @@ class StopRequest:
     @property
     def asked(self) -> bool:
         return self._received is not None
+
+    def check(self, ranks: Ranks) -> None:
+        """Raises Interrupted on every rank when one of them got a signal."""
+        if ranks.any(self.asked):
+            self.interrupt()
 
     def interrupt(self) -> None:
         """Raises Interrupted, with the name of the signal that this process got or that another rank got."""

@@ -46,6 +46,7 @@ def test_bytes_follow_from_the_counts() -> None:
     assert found.prompts == 2 * 7 * 1000
     assert found.copies == 1010 * (2 + 3 * 4)
     assert found.full(1) == 1000 * (2 + 3 * 4 + 2 * 4 + 4) + 10 * (2 + 3 * 4)
+    assert found.start(8) == 2020 + 2 * 1000 / 8
     assert found.full(8) == 1000 * 26 / 8 + 10 * 14
 
 

@@ -23,7 +23,7 @@ def defaults(function):
 
 
 def test_names():
-    expected = "CRDConfig CRDLoss CRDOutput Noised ResidualStats __version__ loss noise residual_stats"
+    expected = "CRDConfig CRDLoss CRDOutput Noised ResidualStats __version__ didr loss noise residual_stats schedules"
     assert sorted(crd_fast.__all__) == expected.split()
     assert all(name in vars(crd_fast) for name in crd_fast.__all__)
 

@@ -90,8 +90,8 @@ def test_good_scores_come_back():
         (torch.zeros(2, 2), r"\(2, 2\)"),
         (torch.zeros(2, dtype=torch.float64), "float64"),
         ([0.0, 0.0], "list"),
-        (torch.tensor([0.0, float("nan")]), "'s' gave nan for item 1 of 2.*'a blue square'"),
-        (torch.tensor([float("inf"), 0.0]), "'s' gave inf for item 0 of 2.*'a red circle'"),
+        (torch.tensor([0.0, float("nan")]), "'s' could not score item 1: gave nan for prompt 'a blue square'"),
+        (torch.tensor([float("inf"), 0.0]), "'s' could not score item 0: gave inf for prompt 'a red circle'"),
     ],
 )
 def test_wrong_scores_are_refused(scores, message):

@@ -79,7 +79,7 @@ def test_a_broken_frame_is_named(change, message) -> None:
 
 
 def test_a_score_that_is_no_number_is_named_with_its_prompt() -> None:
-    with pytest.raises(RewardError, match="gave nan for item 3 of 6.*prompt 'b'"):
+    with pytest.raises(RewardError, match="could not score item 1: frame 0: gave nan for prompt 'b'"):
         score_frames(Brightness(), videos(), ["a", "b"], [{"factor": 1.0}, {"factor": float("nan")}])
 
 

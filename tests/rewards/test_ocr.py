@@ -141,7 +141,7 @@ def test_reward_refuses_a_prompt_without_quotes():
         {"mode": "auto"},
         {"min_side": 0},
         {"detection_side": 8},
-        {"workers": 0},
+        {"workers": -1},
         {"min_confidence": 1.5},
         {"mode": "line", "band": (0.5, 0.5)},
         {"mode": "line", "band": (0.5, 1.5)},

@@ -208,3 +208,23 @@ def test_updates_smaller_than_bf16_can_add_are_kept(folder: Path) -> None:
     assert torch.equal(rounded.float()[large], before[large]), "bf16 parameters would have stayed"
     sets.update_snapshot(OLD, 0.5)
     torch.testing.assert_close((old.detach() - before)[large], moved / 2, rtol=2e-2, atol=0)
+
+
+def test_empty_copies_take_no_memory_until_they_are_filled(folder: Path) -> None:
+    backbone = load(folder, torch.bfloat16)
+    sets = FullCopies(backbone, empty=True)
+    assert {t.device.type for slot in SLOTS for t in sets.modules[slot].state_dict().values()} == {"meta"}
+    sets.fill()
+    whole = FullCopies(load(folder, torch.bfloat16))
+    for slot in SLOTS:
+        filled, copied = sets.modules[slot], whole.modules[slot]
+        assert [n for n, _ in filled.named_buffers()] == [n for n, _ in copied.named_buffers()]
+        for own, expected in zip(_all(filled), _all(copied), strict=True):
+            assert own.dtype == expected.dtype and own.requires_grad == expected.requires_grad
+            assert torch.equal(own, expected)
+    for slot in (OLD, SAMPLING):
+        assert all(a.data_ptr() != b.data_ptr() for a, b in zip(sets.tensors(TRAINED), sets.tensors(slot), strict=True))
+
+
+def _all(module: torch.nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

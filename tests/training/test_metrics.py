@@ -54,19 +54,26 @@ def test_spreads_of_micro_steps_are_averaged_not_pooled() -> None:
     }
 
 
-def test_counts_add_over_ranks_and_the_rest_are_means() -> None:
+def test_counts_add_over_ranks_and_the_rest_are_means_over_samples() -> None:
     names = ["samples", "singleton_groups", "loss"]
     values = torch.tensor([[[4, 1, 0.5], [6, 0, 1.5]], [[2, 2, 2.5], [4, 1, 3.5]], [[0, 0, 1.0], [8, 2, 3.0]]])
-    assert epoch_metrics(names, values) == {"samples": 12.0, "singleton_groups": 3.0, "loss": 2.0}
+    assert epoch_metrics(names, values) == {"samples": 12.0, "singleton_groups": 3.0, "loss": pytest.approx(2.25)}
+
+
+def test_micro_steps_in_which_nothing_counted_say_nothing() -> None:
+    names = ["samples", "implicit_reward_mean", "implicit_reward_std"]
+    values = torch.tensor([[[4.0, 0.5, 2.0], [0.0, 0.0, 0.0]]])
+    assert epoch_metrics(names, values) == {"samples": 2.0, "implicit_reward_mean": 0.5, "implicit_reward_std": 2.0}
+    nothing = epoch_metrics(names, torch.zeros(1, 2, 3))
+    assert nothing == dict.fromkeys(names, 0.0)
 
 
 @pytest.mark.parametrize(("ranks", "value"), [(3, 0.1), (6, 2.3), (7, 0.7)])
-def test_rounding_gives_no_spread_that_is_not_a_number(ranks: int, value: float) -> None:
-    """Equal samples: the mean of the squares is less than the square of the mean by a last digit."""
+def test_rounding_makes_no_spread(ranks: int, value: float) -> None:
+    """Equal samples, whose mean square less their squared mean is the rounding of a square: 1e-8 after the root."""
     mean = torch.full((ranks, 1), value, dtype=torch.float64)
-    assert (mean.square().mean(0) - mean.mean(0).square()).item() < 0
     values = torch.stack([torch.zeros_like(mean), mean], -1)
-    assert epoch_metrics(["implicit_reward_std", "implicit_reward_mean"], values)["implicit_reward_std"] == 0
+    assert epoch_metrics(["implicit_reward_std", "implicit_reward_mean"], values)["implicit_reward_std"] < 1e-15
 
 
 def test_names_and_values_must_agree() -> None:

@@ -174,3 +174,41 @@ def test_settings_that_do_not_fit_say_what_does(change: dict[str, Any], message:
 def test_ranks_that_do_not_fit_say_what_does(change: dict[str, int], ranks: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_ranks(TrainSettings(**change), ranks)
+
+
+@given(data=st.data(), ranks=st.integers(1, 3))
+def test_the_ranks_averages_add_up_to_the_mean_over_the_samples_of_an_update_that_count(
+    data: st.DataObject, ranks: int
+) -> None:
+    settings = data.draw(fitting_settings(ranks))
+    count = settings.groups * settings.group_size
+    flags = data.draw(st.none() | st.lists(st.booleans(), min_size=count, max_size=count))
+    valid = None if flags is None else torch.tensor(flags)
+    value = torch.arange(1.0, count + 1, dtype=torch.float64)  # of each sample, whatever the timestep
+    steps = [
+        list(
+            micro_steps(
+                settings,
+                kl_fraction=1.0,
+                schedule=SCHEDULE,
+                seed=3,
+                epoch=0,
+                valid=valid,
+                rank=rank,
+                ranks=ranks,
+            )
+        )
+        for rank in range(ranks)
+    ]
+    averaged, seen = 0.0, []
+    for together in zip(*steps, strict=True):
+        for step in together:
+            counted = torch.ones(len(step.rows), dtype=torch.bool) if valid is None else valid[step.rows]
+            mean = value[step.rows][counted].sum().item() / max(int(counted.sum()), 1)  # as the loss reduces
+            averaged += step.scale * mean / ranks  # as gradients are averaged
+            seen += step.rows[counted].tolist()
+        if together[0].last:
+            wanted = sum(value[row].item() for row in seen) / max(len(seen), 1)
+            assert averaged == pytest.approx(wanted, rel=1e-6)
+            averaged, seen = 0.0, []
+    assert seen == []

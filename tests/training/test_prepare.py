@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from crd_fast import cli
-from crd_fast.training.trainer import Trainer
+from crd_fast.training.frozen import FrozenPredictions
 from tests.pipelines import sd3
 
 
@@ -129,18 +129,18 @@ def test_fixed_noise_predicts_the_frozen_models_once(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    predict = Trainer._predict_frozen
+    predict = FrozenPredictions._predict
 
-    def counted(self: Trainer, *arguments: Any) -> Any:
+    def counted(self: FrozenPredictions, *arguments: Any) -> Any:
         calls.append(1)
         return predict(self, *arguments)
 
-    monkeypatch.setattr(Trainer, "_predict_frozen", counted)
+    monkeypatch.setattr(FrozenPredictions, "_predict", counted)
     options = ["train.inner_epochs=3", "train.epochs=1"]
     kept = train(recipe, tmp_path / "kept", *options, "train.fixed_noise=true")
     assert len(calls) == 4 and kept[0]["step"] == 6
     # predicting them again gives the same run
-    monkeypatch.setattr(Trainer, "_frozen_predictions", Trainer._predict_frozen)
+    monkeypatch.setattr(FrozenPredictions, "predict", FrozenPredictions._predict)
     again = train(recipe, tmp_path / "again", *options, "train.fixed_noise=true")
     assert len(calls) == 4 + 12
     assert {name: kept[0][name] for name in LEARNED} == {name: again[0][name] for name in LEARNED}
@@ -152,12 +152,12 @@ def test_without_a_kl_term_the_reference_is_not_run(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[Any] = []
-    predict = Trainer._predict_rows
+    predict = FrozenPredictions._predict_rows
 
-    def seen(self: Trainer, plan: Any, *arguments: Any) -> torch.Tensor:
+    def seen(self: FrozenPredictions, plan: Any, *arguments: Any) -> torch.Tensor:
         rows.append(plan)
         return predict(self, plan, *arguments)
 
-    monkeypatch.setattr(Trainer, "_predict_rows", seen)
+    monkeypatch.setattr(FrozenPredictions, "_predict_rows", seen)
     row = train(recipe, tmp_path / "run", "algorithm.kl_coef=0", "train.epochs=1")[0]
     assert rows == [[("old", 4)]] * 4 and row["kl_loss"] == 0

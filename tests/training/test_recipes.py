@@ -17,6 +17,7 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "flux1": ("flux1", ["model.max_sequence_length=12"]),
     "flux2": ("flux2", ["model.max_sequence_length=12"]),
     "qwen_image": ("qwen_image", ["model.max_sequence_length=24"]),
+    "sd35m_geneval": ("sd3", ["model.max_sequence_length=1"]),
     "sd35m_ocr": ("sd3", ["model.max_sequence_length=1"]),
     "sdxl": ("sdxl", []),
     "wan": ("wan", ["model.max_sequence_length=12", "model.frames=5"]),

@@ -1,0 +1,39 @@
+"""DIDR: reinforcement learning of one-step generators with a diffused reward (arXiv 2605.24001).
+
+Two stages alternate. Stage I: the TA network psi learns the generator's own samples (`ta_loss`). Stage II: the
+generator moves along the difference of three scores, of the TA, of the frozen reference and of the diffused reward
+(`reference_x0`, `diffused_reward_score`, `generator_loss`). `stage_one` and `stage_two` put them together.
+"""
+
+from __future__ import annotations
+
+from crd_fast.didr.diffused_reward import (
+    DiffusedReward,
+    GaussianDamping,
+    diffused_reward,
+    diffused_reward_score,
+    proxy_steps,
+)
+from crd_fast.didr.generator import GeneratorOutput, generator_loss
+from crd_fast.didr.guidance import reference_x0
+from crd_fast.didr.stages import DIDRConfig, StageTwoOutput, stage_one, stage_two
+from crd_fast.didr.ta import TAOutput, ta_loss
+from crd_fast.didr.timesteps import sample_times
+
+__all__ = [
+    "DIDRConfig",
+    "DiffusedReward",
+    "GaussianDamping",
+    "GeneratorOutput",
+    "StageTwoOutput",
+    "TAOutput",
+    "diffused_reward",
+    "diffused_reward_score",
+    "generator_loss",
+    "proxy_steps",
+    "reference_x0",
+    "sample_times",
+    "stage_one",
+    "stage_two",
+    "ta_loss",
+]

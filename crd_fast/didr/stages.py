@@ -1,0 +1,191 @@
+"""The two stages of an iteration, as losses: what a trainer differentiates, clips and steps.
+
+"Diff-Instruct with Diffused Reward" (arXiv 2605.24001): Stage I several times, then Stage II once. The paper's training
+code is not public; this follows its text.
+
+Models are callables (x_t (B, *latent), t (B,)) -> prediction (B, *latent) of the schedule's own kind, with their
+prompts and their precision inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crd_fast import checks
+from crd_fast.didr.diffused_reward import Damping, DiffusedReward, Reward, diffused_reward, proxy_steps
+from crd_fast.didr.generator import GeneratorOutput, generator_loss
+from crd_fast.didr.guidance import reference_x0
+from crd_fast.didr.reference import WEIGHTINGS
+from crd_fast.didr.ta import TAOutput, ta_loss
+from crd_fast.errors import ConfigError, nearest
+from crd_fast.schedules import Schedule, per_sample
+
+Generator = Callable[[Tensor], Tensor]
+"""z -> clean latents (B, *latent)."""
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""(x_t (B, *latent), t (B,)) -> prediction (B, *latent)."""
+
+
+@dataclass(frozen=True)
+class DIDRConfig:
+    """Settings of Stage II.
+
+    beta: temperature of the reward, > 0: the optimum is the reference times exp(reward / beta).
+    guidance_scale: w of the reference u + w (c - u), >= 0; 1 needs no unconditional prediction.
+    weighting: "ikl", "bounded" or "dmd2", see `generator_loss`.
+    split, late_steps: steps of the rewarded estimate are 1 below this share of the time range and this many above, see
+        `proxy_steps`.
+    max_correction: where (sigma^2/alpha) s_r of a sample is longer than this many times its x0_ta - x0_ref, it is
+        shortened to that; None leaves it. Bounds the pull of a reward whose gradient is large at some times.
+
+    Raises:
+        ConfigError (a ValueError): a value outside its range, naming the field.
+    """
+
+    beta: float
+    guidance_scale: float = 1.0
+    weighting: str = "ikl"
+    split: float = 0.4
+    late_steps: int = 2
+    max_correction: float | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            for name in ("beta", "guidance_scale", "split"):
+                checks.require_finite_number(name, getattr(self, name))
+            most = (
+                None
+                if self.max_correction is None
+                else checks.require_finite_number("max_correction", self.max_correction)
+            )
+        except ValueError as error:
+            raise ConfigError(f"DIDRConfig.{error}") from None
+        late = self.late_steps
+        for name, fine, expected in (
+            ("beta", self.beta > 0, "a number > 0"),
+            ("guidance_scale", self.guidance_scale >= 0, "a number >= 0"),
+            ("split", 0 <= self.split <= 1, "a share of the time range in [0, 1]"),
+            ("late_steps", isinstance(late, int) and not isinstance(late, bool) and late >= 1, "an int >= 1"),
+            ("max_correction", most is None or most > 0, "a number > 0, or None"),
+        ):
+            if not fine:
+                raise ConfigError(f"DIDRConfig.{name}: expected {expected}, got {getattr(self, name)!r}")
+        if self.weighting not in WEIGHTINGS:
+            raise ConfigError(
+                f"DIDRConfig.weighting: expected one of {WEIGHTINGS}, got {self.weighting!r}"
+                f"{nearest(str(self.weighting), WEIGHTINGS)}"
+            )
+
+
+@dataclass(frozen=True)
+class StageTwoOutput:
+    """generator: the loss and its metrics. reward: of the reference's estimates, with the score, None without a reward.
+    x0 (B, *latent): the generator's samples, detached."""
+
+    generator: GeneratorOutput
+    reward: DiffusedReward | None
+    x0: Tensor
+
+
+def stage_one(generator: Generator, ta: Predict, z: Tensor, eps: Tensor, t: Tensor, *, schedule: Schedule) -> TAOutput:
+    """Stage I: the TA's loss on fresh samples of the generator, which runs without graph. Gradients flow to the TA.
+
+    z: what the generator takes. eps: (B, *latent) noise. t: (B,) times, moved to the samples' device.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+        ExtensionMissingError: see `crd_fast.ops`.
+    """
+    with torch.no_grad():
+        x0 = generator(z)
+        t = t.to(x0.device)
+        x_t = schedule.add_noise(x0, eps, t)
+    return ta_loss(ta(x_t, t), x0, eps, t, schedule=schedule)
+
+
+def stage_two(
+    generator: Generator,
+    ta: Predict,
+    reference: Predict,
+    reward: Reward | None,
+    z: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    *,
+    schedule: Schedule,
+    config: DIDRConfig,
+    unconditional: Predict | None = None,
+    damping: Damping | None = None,
+) -> StageTwoOutput:
+    """Stage II: the generator's loss. Gradients flow to the generator alone.
+
+    The conditional prediction of the reference is made once, with graph, and serves both its clean estimate and the
+    first step of the rewarded one; guidance is not part of the rewarded estimate.
+
+    Args:
+        generator: runs with graph. ta: the TA network. reference: the frozen reference's conditional prediction.
+        reward: clean latents -> (B,) rewards with graph. None distils the reference as it is, which is how a one-step
+            generator is made, or warmed up (Diff-Instruct, arXiv 2305.18455).
+        z: what the generator takes. eps: (B, *latent) noise. t: (B,) times on the CPU, as `sample_times` gives them.
+        schedule: of t. config: `DIDRConfig`.
+        unconditional: the reference's prediction for the empty prompt, called where guidance_scale is not 1.
+        damping: of the reward's score, see `diffused_reward`.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or no unconditional prediction where it is needed.
+    """
+    if unconditional is None and config.guidance_scale != 1.0:
+        raise ValueError(
+            f"unconditional: expected the reference's prediction for the empty prompt because guidance_scale is "
+            f"{config.guidance_scale}, got None"
+        )
+    steps = proxy_steps(t, schedule, split=config.split, late=config.late_steps)
+    x0 = generator(z)
+    t = t.to(x0.device)
+    with torch.no_grad():
+        x_t = schedule.add_noise(x0, eps, t)
+        x0_ta = schedule.to_x0(ta(x_t, t), x_t, t)
+
+    def denoise(x: Tensor, now: Tensor) -> Tensor:
+        return schedule.to_x0(reference(x, now), x, now)
+
+    rewarded = None
+    if reward is not None:
+        rewarded = diffused_reward(
+            x_t, t, denoise, reward, beta=config.beta, schedule=schedule, steps=steps, damping=damping
+        )
+        conditional, score = rewarded.first_x0, rewarded.score
+    else:
+        with torch.no_grad():
+            conditional = denoise(x_t, t)
+        score = torch.zeros_like(conditional)
+    other = None
+    if unconditional is not None and config.guidance_scale != 1.0:
+        with torch.no_grad():
+            other = schedule.to_x0(unconditional(x_t, t), x_t, t)
+    x0_ref = reference_x0(
+        conditional,
+        x_t,
+        t,
+        schedule=schedule,
+        unconditional=other,
+        guidance_scale=config.guidance_scale,
+        kind="x0",
+    )
+    if rewarded is not None and config.max_correction is not None:
+        score = _shortened(score, x0_ta - x0_ref, t, schedule, config.max_correction)
+    loss = generator_loss(x0, x_t, t, x0_ta, x0_ref, score, schedule=schedule, weighting=config.weighting)
+    return StageTwoOutput(generator=loss, reward=rewarded, x0=x0.detach())
+
+
+def _shortened(score: Tensor, gap: Tensor, t: Tensor, schedule: Schedule, most: float) -> Tensor:
+    """The score of each sample, scaled down to where (sigma^2/alpha) score is at most `most` times as long as gap."""
+    alpha, sigma = schedule.levels(t, score.dtype)
+    length = sigma.square() / alpha * score.flatten(1).norm(dim=1)  # (B,)
+    allowed = most * gap.to(score.dtype).flatten(1).norm(dim=1)
+    factor = torch.where(length > allowed, allowed / length, 1.0)
+    return per_sample(factor, score) * score

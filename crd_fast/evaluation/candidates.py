@@ -1,0 +1,125 @@
+"""What is evaluated: a model by itself, with a LoRA, or the states that a training run went through."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from crd_fast.errors import CheckpointError, ConfigError
+from crd_fast.lora_file import WEIGHTS, find_adapter
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One state of a model. folder: of its images; lora: adapter file, None for the model alone; epoch: after which
+    the run was in this state, None where that is not known.
+    """
+
+    label: str
+    folder: Path
+    lora: Path | None = None
+    epoch: int | None = None
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of the adapter file."""
+        return None if self.lora is None else hashlib.sha256(self.lora.read_bytes()).hexdigest()
+
+
+def run_config(folder: Path) -> dict[str, Any]:
+    """A run directory's config.yaml. Raises ConfigError where there is none, or it is no recipe."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{folder} is no run directory (no config.yaml): give the folder that crd-fast train wrote")
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+    if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict) or "path" not in tree["model"]:
+        raise ConfigError(f"{file} is no recipe: expected a model section with its path")
+    return tree
+
+
+def run_candidates(run: Path, out: Path, which: str) -> tuple[Candidate, ...]:
+    """The base, the run's checkpoints where `which` is "all", and its final LoRA, with folders under `out`.
+
+    A last checkpoint that is equal to the final LoRA is left out. Raises CheckpointError for a run without adapters.
+    """
+    if which not in ("final", "all"):
+        raise ConfigError(f"--checkpoints is {which!r}: expected 'final' or 'all'")
+    found = [Candidate("base", out / "base", None, 0)]
+    final = run / "lora" / WEIGHTS
+    last = Candidate("final", out / "final", final, _epochs(run)) if final.is_file() else None
+    if which == "all":
+        for folder in sorted((run / "checkpoints").glob("epoch-*")):
+            number = re.fullmatch(r"epoch-(\d+)", folder.name)
+            if number is None or not (folder / WEIGHTS).is_file():
+                continue
+            candidate = Candidate(folder.name, out / folder.name, folder / WEIGHTS, int(number[1]))
+            if last is None or candidate.digest != last.digest:
+                found.append(candidate)
+    if last is not None:
+        found.append(last)
+    if len(found) == 1:
+        raise CheckpointError(
+            f"{run} has no LoRA to evaluate: expected lora/{WEIGHTS} of a finished run, or checkpoints with "
+            "--checkpoints all; a model of full fine-tuning is given as --model"
+        )
+    return tuple(found)
+
+
+def trained_rewards(lora: str | None, config: dict[str, Any] | None) -> frozenset[str]:
+    """Rewards that were trained on: from a run's config, or from that of the run directory a LoRA file lies in.
+
+    "remote:ocr" is OCR, wherever it was computed.
+    """
+    if config is None and lora is not None:
+        for folder in find_adapter(lora).resolve().parents[:3]:  # also of a checkpoint's LoRA
+            if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
+                config = run_config(folder)
+                break
+    names = [str(name) for name in (config or {}).get("rewards") or {}]
+    return frozenset(name.partition(":")[2] or name for name in names)
+
+
+def digest_of(model: str) -> str:
+    """What identifies a model's weights: SHA-256 over a folder's files, or the commit of a hub id.
+
+    Raises ConfigError for what is neither.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
+            digest.update(str(file.relative_to(folder)).encode())
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        return f"sha256:{digest.hexdigest()}"
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return f"{model}@{Path(hf_hub_download(model, 'model_index.json')).parent.name}"
+    except (OSError, ValueError) as error:  # the hub's own errors are among them
+        raise ConfigError(
+            f"model {model} is no folder and cannot be found on the hub ({type(error).__name__}): give a pipeline "
+            "folder or a hub id 'owner/name'"
+        ) from error
+
+
+def _epochs(run: Path) -> int | None:
+    """Epochs of a run, from its metrics; a torn last line does not count."""
+    file = run / "metrics.jsonl"
+    epochs = None
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            epochs = int(json.loads(line)["epoch"]) + 1
+        except (ValueError, KeyError, TypeError):
+            break
+    return epochs

@@ -1,0 +1,137 @@
+"""What a server's worker does with a request: images decoded and scored piece by piece, one answer for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crd_fast.errors import CrdFastError, RewardError, nearest
+from crd_fast.rewards.base import QUOTED_TEXT, PartialRewardError, Reward, score_batch
+from crd_fast.rewards.geneval import Detection, GenEvalReward
+from crd_fast.rewards.remote.png import decode_png, png_size
+from crd_fast.rewards.remote.protocol import Column, Item, ProtocolError, ScoreAnswer, ScoreRequest, encode_error
+
+# an item for every reward there is, to find out what is missing before the first request
+_PROBE_PROMPT = 'a photo of a person beside a sign that says "A"'
+_PROBE_METADATA = {"tag": "single_object", "include": [{"class": "person", "count": 1}], "prompt": _PROBE_PROMPT}
+
+
+def probe(reward: Reward) -> None:
+    """Score one made-up image, so that models load now. Raises what the reward raises, RewardError where it needs
+    metadata that the made-up item lacks."""
+    unknown = reward.requires - set(_PROBE_METADATA) - {QUOTED_TEXT}
+    if unknown:
+        raise RewardError(
+            f"reward {reward.name!r} requires {sorted(unknown)}: the server has no such item to try it on"
+        )
+    ramp = torch.linspace(0.1, 0.9, 64).expand(1, 3, 64, 64)
+    score_batch(reward, ramp, [_PROBE_PROMPT], [_PROBE_METADATA])
+    if isinstance(reward, GenEvalReward) and reward.colors is not None:
+        # nothing was found, so no colour was asked for
+        reward.colors(ramp, [(0, Detection("person", 1.0, (8, 8, 56, 56), mask=torch.ones(48, 48, dtype=torch.bool)))])
+
+
+def answer(body: bytes, rewards: Mapping[str, Reward], max_pixels: int) -> tuple[int, bytes]:
+    """Status and body of the answer to a score request: 400 where it is none, or names a reward that is not served.
+
+    An item that cannot be decoded or scored has a reason in the answer; the others have their scores. At most
+    `max_pixels` pixels are decoded at a time.
+    """
+    try:
+        request = ScoreRequest.decode(body)
+        del body
+        for name in request.rewards:
+            if name not in rewards:
+                raise ProtocolError(f"no reward {name!r} is served{nearest(name, rewards)}")
+    except ProtocolError as error:
+        return 400, encode_error(str(error))
+    columns: dict[str, Column] = {name: [None] * len(request.items) for name in request.rewards}
+    errors: dict[str, dict[int, str]] = {name: {} for name in request.rewards}
+    bad: dict[int, str] = {}
+    for piece in _pieces(request.items, max_pixels, bad):
+        for name in request.rewards:
+            _score_piece(name, rewards[name], piece, columns, errors[name])
+    for reasons in errors.values():
+        reasons.update(bad)
+    return 200, ScoreAnswer(request.request_id, columns, {k: v for k, v in errors.items() if v}).encode()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Items of one size: their positions in the request, and images (B, 3, H, W) in [0, 1]."""
+
+    positions: list[int]
+    images: Tensor
+    prompts: list[str]
+    metadata: list[Mapping[str, object]]
+
+
+def _pieces(items: Sequence[Item], max_pixels: int, bad: dict[int, str]) -> Iterator[_Piece]:
+    """Neighbours of one size, as many as `max_pixels` allow; what cannot be decoded is noted in `bad`."""
+    positions: list[int] = []
+    images: list[Tensor] = []
+
+    def made() -> _Piece:
+        return _Piece(
+            list(positions),
+            torch.stack(images),
+            [items[i].prompt for i in positions],
+            [items[i].metadata for i in positions],
+        )
+
+    for position, item in enumerate(items):
+        try:
+            data = item.png()
+            height, width = png_size(data, max_pixels)
+            other_size = images and images[0].shape[1:] != (height, width)
+            if other_size or (len(images) + 1) * height * width > max_pixels and images:
+                yield made()
+                positions.clear()
+                images.clear()
+            image = decode_png(data, max_pixels)
+        except ProtocolError as error:
+            bad[position] = str(error)
+            continue
+        positions.append(position)
+        images.append(image)
+    if images:
+        yield made()
+
+
+def _score_piece(
+    name: str, reward: Reward, piece: _Piece, columns: dict[str, Column], errors: dict[int, str]
+) -> None:  # fmt: skip
+    """Fill in the scores of a piece, None and a reason where there is none."""
+    count = len(columns[name])
+    scores, failures = _scores(reward, piece.images, piece.prompts, piece.metadata)
+    for key, values in scores.items():
+        column = columns.setdefault(name if key == reward.name else f"{name}/{key}", [None] * count)
+        for row, position in enumerate(piece.positions):
+            column[position] = None if row in failures else values[row].item()
+    errors.update({piece.positions[row]: why for row, why in failures.items()})
+
+
+def _scores(
+    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, object]]
+) -> tuple[dict[str, Tensor], dict[int, str]]:
+    """Scores by key, and why items have none. One item that a reward refuses does not cost the others their score."""
+    try:
+        return score_batch(reward, images, prompts, metadata), {}
+    except PartialRewardError as error:
+        return error.scores, error.failures
+    except CrdFastError as error:
+        if len(prompts) == 1:
+            return {reward.name: torch.full((1,), torch.nan)}, {0: str(error)}
+    merged: dict[str, Tensor] = {}
+    failures: dict[int, str] = {}
+    for row in range(len(prompts)):
+        own = slice(row, row + 1)
+        scores, failed = _scores(reward, images[own], prompts[own], metadata[own])
+        for key, value in scores.items():
+            merged.setdefault(key, torch.full((len(prompts),), torch.nan))[row] = value[0]
+        if failed:
+            failures[row] = failed[0]
+    return merged, failures

@@ -1,0 +1,85 @@
+"""Scoring as a task: what a worker runs, in this process or in one of its own, and what it sends back."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crd_fast.errors import CrdFastError
+from crd_fast.rewards import registry
+from crd_fast.rewards.base import Metadata, PartialRewardError, Reward, score_batch, score_frames
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Scores float32 (B,) by key, NaN where an item failed; failures: item -> why; seconds of the monotonic clock."""
+
+    scores: dict[str, Tensor]
+    failures: dict[int, str]
+    began: float
+    ended: float
+
+
+def score_outcome(
+    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
+) -> Outcome:  # fmt: skip
+    """A reward's scores of images (B, 3, H, W), or of videos (B, F, 3, H, W); an error of its own is an outcome too.
+
+    A reward that fails without saying at which items has failed at all of them.
+    """
+    began = time.monotonic()
+    failures: dict[int, str] = {}
+    score = score_batch if images.ndim == 4 else score_frames
+    try:
+        scores = score(reward, images, prompts, metadata)
+    except PartialRewardError as error:
+        scores, failures = error.scores, error.failures
+    except CrdFastError as error:
+        scores = {reward.name: torch.full((len(prompts),), torch.nan)}
+        failures = dict.fromkeys(range(len(prompts)), str(error))
+    return Outcome(scores, failures, began, time.monotonic())
+
+
+_REWARD: Reward | None = None  # of a worker process
+
+
+def process_pool(name: str, options: Any, workers: int) -> ProcessPoolExecutor:
+    """Processes that hold the registered reward `name` each, started anew, for `score_in_process`."""
+    return ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(name, options)
+    )
+
+
+def _start_worker(name: str, options: Any) -> None:
+    global _REWARD
+    # a signal to the whole process group is the parent's to answer, and a worker whose parent is gone goes too
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _REWARD = registry.build_for_worker(name, options)
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def score_in_process(pixels: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Outcome:
+    """`score_outcome` with a worker's reward. pixels: the images as an array, which crosses processes by value."""
+    if _REWARD is None:
+        raise RuntimeError("score_in_process runs in the workers of process_pool alone")
+    return score_outcome(_REWARD, torch.from_numpy(pixels), prompts, metadata)

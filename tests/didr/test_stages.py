@@ -1,0 +1,251 @@
+"""Both stages: what they move, what they leave alone, and what alternating them ends at."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from crd_fast.didr import (
+    DIDRConfig,
+    diffused_reward_score,
+    generator_loss,
+    reference_x0,
+    sample_times,
+    stage_one,
+    stage_two,
+    ta_loss,
+)
+from crd_fast.errors import ConfigError
+from crd_fast.schedules import VP, RectifiedFlow
+
+from .closed_forms import sdxl_alphas_cumprod
+
+FLOW = RectifiedFlow()
+SDXL = VP(sdxl_alphas_cumprod())
+SCHEDULES = [FLOW, SDXL]
+
+
+class Predictor(nn.Module):
+    """A small network that reads x and the share of the time range."""
+
+    def __init__(self, schedule, width=64):
+        super().__init__()
+        self.schedule = schedule
+        layers = [nn.Linear(6, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x, t):
+        share = (t / self.schedule.horizon)[:, None].to(x.dtype)
+        waves = torch.sin(3 * share), torch.cos(3 * share)
+        return self.layers(torch.cat((x, share, torch.logit(share) / 4, *waves), 1))
+
+
+class OneStep(nn.Module):
+    """A small generator, close to the identity at first."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        layers = [nn.Linear(2, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z):
+        return z + self.layers(z)
+
+
+class Scored(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, x0):
+        return self.layer(x0)[:, 0]
+
+
+def world(schedule, batch=6):
+    torch.manual_seed(1)
+    networks = {
+        "generator": OneStep(), "ta": Predictor(schedule), "reference": Predictor(schedule),
+        "unconditional": Predictor(schedule), "reward": Scored(),
+    }  # fmt: skip
+    t = sample_times(batch, schedule=schedule, seed=0, step=0)
+    return networks, torch.randn(batch, 2), torch.randn(batch, 2), t
+
+
+def step(networks, loss):
+    """One step of every network that the loss reaches, whether it should or not."""
+    optimizer = torch.optim.AdamW([p for n in networks.values() for p in n.parameters()], lr=1e-2)
+    loss.backward()
+    optimizer.step()
+
+
+def changed(networks, before):
+    pairs = {name: (networks[name].state_dict(), before[name].state_dict()) for name in networks}
+    return {name for name, (now, then) in pairs.items() if not all(torch.equal(now[key], then[key]) for key in now)}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_stage_one_moves_the_ta_and_nothing_else(schedule):
+    networks, z, eps, t = world(schedule)
+    before = copy.deepcopy(networks)
+    out = stage_one(networks["generator"], networks["ta"], z, eps, t, schedule=schedule)
+    step(networks, out.loss)
+    assert changed(networks, before) == {"ta"}
+    assert all(p.grad is None for n in ("generator", "reference", "reward") for p in networks[n].parameters())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize("weighting", ["ikl", "bounded", "dmd2"])
+def test_stage_two_moves_the_generator_and_nothing_else(schedule, weighting):
+    networks, z, eps, t = world(schedule)
+    before = copy.deepcopy(networks)
+    config = DIDRConfig(beta=0.5, guidance_scale=4.0, weighting=weighting)
+    out = stage_two(**networks, z=z, eps=eps, t=t, schedule=schedule, config=config)
+    step(networks, out.generator.loss)
+    assert changed(networks, before) == {"generator"}
+    others = ("ta", "reference", "unconditional", "reward")
+    assert all(p.grad is None for name in others for p in networks[name].parameters())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_stages_are_their_parts(schedule, guidance_scale):
+    networks, z, eps, t = world(schedule)
+    generator, ta, reference = networks["generator"], networks["ta"], networks["reference"]
+    x0 = generator(z)
+    x_t = schedule.add_noise(x0.detach(), eps, t)
+    one = stage_one(generator, ta, z, eps, t, schedule=schedule)
+    assert torch.equal(one.loss, ta_loss(ta(x_t, t), x0, eps, t, schedule=schedule).loss)
+
+    config = DIDRConfig(beta=0.5, guidance_scale=guidance_scale)
+    two = stage_two(**networks, z=z, eps=eps, t=t, schedule=schedule, config=config)
+    s_r = diffused_reward_score(
+        x_t,
+        t,
+        lambda x, t: schedule.to_x0(reference(x, t), x, t),
+        networks["reward"],
+        beta=0.5,
+        schedule=schedule,
+        steps=torch.where(t < 0.4 * schedule.horizon, 1, 2),
+    )
+    x0_ta = schedule.to_x0(ta(x_t, t), x_t, t)
+    x0_ref = reference_x0(
+        reference(x_t, t), x_t, t, schedule=schedule,
+        unconditional=networks["unconditional"](x_t, t), guidance_scale=guidance_scale,
+    )  # fmt: skip
+    want = generator_loss(x0, x_t, t, x0_ta, x0_ref, s_r, schedule=schedule)
+    torch.testing.assert_close(two.reward.score, s_r, rtol=0, atol=0)
+    torch.testing.assert_close(two.generator.loss, want.loss, rtol=1e-4, atol=0)
+    assert torch.equal(two.x0, x0.detach()) and not two.x0.requires_grad
+    (grad,) = torch.autograd.grad(two.generator.loss, generator.layers[0].weight)
+    (want_grad,) = torch.autograd.grad(want.loss, generator.layers[0].weight)
+    torch.testing.assert_close(grad, want_grad, rtol=1e-4, atol=1e-6)
+
+
+def test_calls_of_each_network():
+    """One forward of the reference serves its estimate and the reward's first step; no unconditional one at scale 1."""
+    networks, z, eps, _ = world(FLOW)
+    calls = dict.fromkeys(networks, 0)
+    for name, network in networks.items():
+        network.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    early, late = torch.full((6,), 0.3), torch.full((6,), 0.6)
+    for t, scale, passes in ((early, 1.0, 1), (early, 4.0, 1), (late, 1.0, 2)):
+        calls.update(dict.fromkeys(calls, 0))
+        config = DIDRConfig(beta=1.0, guidance_scale=scale)
+        stage_two(**networks, z=z, eps=eps, t=t, schedule=FLOW, config=config)
+        assert calls == {
+            "generator": 1, "ta": 1, "reference": passes, "unconditional": int(scale != 1.0), "reward": 1,
+        }  # fmt: skip
+
+
+def test_guidance_without_an_unconditional_prediction():
+    networks, z, eps, t = world(FLOW)
+    networks.pop("unconditional")
+    with pytest.raises(ValueError, match="unconditional: expected .* because guidance_scale is 4.0, got None"):
+        stage_two(**networks, z=z, eps=eps, t=t, schedule=FLOW, config=DIDRConfig(beta=1.0, guidance_scale=4.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": 0.0}, "DIDRConfig.beta: expected a number > 0, got 0.0"),
+        ({"beta": "1"}, "DIDRConfig.beta: expected a finite number"),
+        ({"guidance_scale": -1.0}, "DIDRConfig.guidance_scale: expected a number >= 0"),
+        ({"guidance_scale": math.inf}, "DIDRConfig.guidance_scale: expected a finite number"),
+        ({"split": 1.5}, "DIDRConfig.split: expected a share"),
+        ({"late_steps": 0}, "DIDRConfig.late_steps: expected an int >= 1"),
+        ({"late_steps": 2.0}, "DIDRConfig.late_steps: expected an int >= 1"),
+        ({"weighting": "iklq"}, "DIDRConfig.weighting: expected one of .*did you mean 'ikl'"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        DIDRConfig(**{"beta": 1.0} | changes)
+
+
+# --- trained ---
+
+SHARES = torch.tensor([0.35, 0.65])
+CENTERS = torch.tensor([[-1.5, 0.0], [1.5, 0.0]])
+VARIANCE = 0.3
+SLOPE = 2.0  # reward 2 y: each component moves by VARIANCE SLOPE / beta along y and keeps its share
+
+
+def mixture_velocity(x, t):
+    """The best velocity for the mixture, under rectified flow."""
+    alpha, sigma = (level[:, None] for level in FLOW.levels(t, x.dtype))
+    spread = alpha**2 * VARIANCE + sigma**2  # (B, 1)
+    away = x[:, None, :] - alpha[:, :, None] * CENTERS  # (B, 2, 2)
+    weight = (SHARES.log() - away.square().sum(-1) / (2 * spread)).softmax(1)  # (B, 2)
+    score = -(weight[..., None] * away).sum(1) / spread
+    return FLOW.convert(score, x, t, to="v", kind="score")
+
+
+def test_alternating_stages_reach_the_tilted_mixture():
+    """A learned TA and a learned generator in two dimensions, from noise to p_ref exp(r / beta).
+
+    The reward is linear and does not tell the components apart, so the proxy with one step is exact and the optimum is
+    the mixture moved by 0.6: shares (0.35, 0.65), mean (0.45, 0.6), deviation 0.548 of y.
+    """
+    torch.manual_seed(0)
+    generator, ta = OneStep(), Predictor(FLOW)
+    rates = {generator: 1e-3, ta: 3e-3}
+    adam = {n: torch.optim.Adam(n.parameters(), lr=rate, betas=(0.5, 0.99)) for n, rate in rates.items()}
+    config = DIDRConfig(beta=1.0, weighting="bounded", late_steps=1)
+    noise = torch.Generator().manual_seed(0)
+    iterations, warm_up, ratio, batch, drawn = 600, 200, 3, 256, 0
+
+    def draw():
+        nonlocal drawn
+        drawn += 1
+        z, eps = torch.randn(2, batch, 2, generator=noise)
+        return z, eps, sample_times(batch, schedule=FLOW, seed=0, step=drawn)
+
+    for i in range(iterations):
+        for _ in range(ratio if i else warm_up):
+            adam[ta].zero_grad()
+            stage_one(generator, ta, *draw(), schedule=FLOW).loss.backward()
+            adam[ta].step()
+        adam[generator].zero_grad()
+        out = stage_two(
+            generator, ta, mixture_velocity, lambda x0: SLOPE * x0[:, 1], *draw(), schedule=FLOW, config=config
+        )
+        out.generator.loss.backward()
+        nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
+        adam[generator].step()
+        for network, optimizer in adam.items():
+            optimizer.param_groups[0]["lr"] = rates[network] * min(1.0, 2 * (1 - i / iterations) + 0.02)
+
+    with torch.no_grad():
+        x0 = generator(torch.randn(20000, 2, generator=noise))
+    right = x0[:, 0] > 0
+    assert right.float().mean().item() == pytest.approx(0.65, abs=0.06)
+    assert x0[:, 0].mean().item() == pytest.approx(0.45, abs=0.15)
+    assert x0[:, 1].mean().item() == pytest.approx(0.6, abs=0.05)
+    assert x0[:, 1].std().item() == pytest.approx(VARIANCE**0.5, abs=0.05)
+    for side, center in ((~right, -1.5), (right, 1.5)):
+        assert x0[side, 0].mean().item() == pytest.approx(center, abs=0.2)
+        assert x0[side, 1].mean().item() == pytest.approx(0.6, abs=0.1)
