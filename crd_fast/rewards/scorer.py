@@ -78,6 +78,7 @@ class Scorer:
         self._pieces: dict[str, list[_Piece]] = {name: [] for name in choices}
         self._submitted = 0
         self._here_seconds = 0.0
+        self._trying = False
 
     def __enter__(self) -> Scorer:
         return self
@@ -92,6 +93,19 @@ class Scorer:
         for executor in self._executors.values():
             executor.shutdown(wait=False, cancel_futures=True)
         self._executors.clear()
+
+    def try_out(self, image: Tensor, prompt: str, metadata: Metadata) -> None:
+        """Score one image (1, 3, H, W) or video, so that what is missing shows before a run begins.
+
+        A failure is an error whatever `on_error` says. Rewards that wait for a server are left out: they have asked it
+        when they were built.
+        """
+        self._trying = True
+        try:
+            self.submit(image, [prompt], [metadata])
+            self.collect()
+        finally:
+            self._trying = False
 
     def submit(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> None:
         """Score images (B, 3, H, W), or the frames (B, F, 3, H, W) of videos, in [0, 1], and B prompts' metadata.
@@ -109,6 +123,8 @@ class Scorer:
         # those that work elsewhere begin first
         names = sorted(self.rewards, key=lambda name: self._placement(name).kind == "here")
         for name in names:
+            if self._trying and self._placement(name).kind == "thread":
+                continue
             self._submit(name, images, prompts, metadata)
         self._submitted += len(prompts)
 
@@ -216,7 +232,7 @@ class Scorer:
                 f"reward {name!r} broke at items {piece.start} to {piece.stop - 1}, prompt {piece.prompts[0]!r}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        if outcome.failures and self._choices[name].on_error == "raise":
+        if outcome.failures and (self._trying or self._choices[name].on_error == "raise"):
             item = min(outcome.failures)
             raise RewardError(
                 f"reward {name!r} failed at item {piece.start + item}, prompt {piece.prompts[item]!r}: "

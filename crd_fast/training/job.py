@@ -111,10 +111,11 @@ class _Job:
         self.recipe, self.directory, self.report, self.stop = recipe, directory, report, stop
         self.ranks, self.device, self.resume = ranks, device, resume
         self.store = CheckpointStore(directory / "checkpoints", recipe.train.keep_checkpoints, ranks.control)
-        self.scorer = Scorer(
-            {name: RewardChoice(settings.options, settings.spec.on_error) for name, settings in recipe.rewards.items()},
-            timeout_seconds=60 * recipe.train.timeout_minutes,
-        )
+        with ranks.together("asking for the rewards"):
+            self.scorer = Scorer(
+                {name: RewardChoice(given.options, given.spec.on_error) for name, given in recipe.rewards.items()},
+                timeout_seconds=60 * recipe.train.timeout_minutes,
+            )
         self.train_prompts = load_prompts(recipe.data.prompts)
         self.test_prompts = load_prompts(recipe.data.test_prompts) if recipe.data.test_prompts else None
         for reward in self.scorer.rewards.values():
@@ -194,6 +195,8 @@ class _Job:
             self._restore()
         self.report.say(f"run directory {self.directory.path}")
         with self.scorer:
+            with self.ranks.together("trying the rewards"):
+                self._try_rewards()
             self._learn()
         if self.ranks.first:
             minutes = summarize(self.directory, self.recipe, self.trainer.epoch, self.test_prompts)
@@ -204,6 +207,12 @@ class _Job:
             self.report.say(f"report {page}")
         self.ranks.wait()
         return self.directory.path
+
+    def _try_rewards(self) -> None:
+        """What a reward lacks is better said now than after an evaluation and a rollout."""
+        decoded = self.backbone.decode(torch.zeros(1, *self.backbone.latent_shape, device=self.device))
+        shades = torch.linspace(0.1, 0.9, decoded.shape[-1]).expand(decoded.shape)
+        self.scorer.try_out(shades, self.train_prompts.prompts[0], self.train_prompts.metadata[0])
 
     def _learn(self) -> None:
         """Evaluate, train, evaluate again."""

@@ -119,6 +119,20 @@ def test_a_programming_error_is_never_masked(brightness, kind) -> None:
         scorer.collect()
 
 
+@pytest.mark.parametrize("kind", ["here", "thread"])
+def test_trying_out_finds_what_a_mask_would_hide(brightness, kind) -> None:
+    with brightness("mask", kind) as scorer:
+        scorer.try_out(levels(0.5), "p", {})
+        broken = {"raise": RewardError("no model in /models/clip")}
+        if kind == "here":
+            with pytest.raises(RewardError, match="failed at item 0, prompt 'p': no model in /models/clip"):
+                scorer.try_out(levels(0.5), "p", broken)
+        else:  # a server was asked already
+            scorer.try_out(levels(0.5), "p", broken)
+        scorer.submit(levels(0.25), ["p"], [{}])
+        assert scorer.collect().scores["jpeg_compressibility"].tolist() == [0.25]
+
+
 def test_a_broken_image_is_never_masked(brightness) -> None:
     with brightness("mask") as scorer, pytest.raises(RewardError, match="image 1 of 2 is NaN"):
         scorer.submit(levels(0.1, torch.nan), ["p"] * 2, [{}] * 2)

@@ -91,6 +91,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send(b"", 429, Retry_After=email.utils.formatdate(time.time() + 2, usegmt=True))
         elif fault == "busy_for_an_hour":
             self.send(b'{"version":1,"error":"busy"}', 503, Retry_After="3600")
+        elif fault.startswith("second_") and attempt == 2:
+            self.send(b'{"version":1,"error":"a bad second request"}', int(fault.removeprefix("second_")))
         elif fault == "error_400":
             self.send(b'{"version":1,"error":"a bad request"}', 400)
         elif fault == "redirect":
