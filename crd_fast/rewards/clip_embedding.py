@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -151,10 +152,24 @@ class ClipPreparation:
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images (B, 3, H, W) at `size` (height, width): bicubic, with the wider filter of PIL where they get smaller."""
-    if tuple(images.shape[-2:]) == size:
-        return images
-    return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+    """Images (B, 3, H, W) at `size` (height, width): bicubic, with the wider filter of PIL where they get smaller.
+
+    A product with one matrix an axis, so that its gradient is deterministic, which that of torch's resampling is not
+    on a GPU.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        for axis, length in ((-2, size[0]), (-1, size[1])):
+            if images.shape[axis] != length:
+                matrix = _resampling(images.shape[axis], length).to(images.device, images.dtype)
+                images = matrix @ images if axis == -2 else images @ matrix.mT
+    return images
+
+
+@lru_cache(maxsize=64)
+def _resampling(old: int, new: int) -> Tensor:
+    """(new, old): what each new position takes of the old ones."""
+    unit = torch.eye(old)[None, None]
+    return F.interpolate(unit, size=(new, old), mode="bicubic", antialias=True, align_corners=False)[0, 0]
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import crd_fast
-from benchmarks import gpu_suite, measure, public_step, registry, tables
+from benchmarks import gpu_suite, learning_curves, measure, public_step, registry, tables
 
 CPU = torch.device("cpu")
 
@@ -119,3 +119,31 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
 
     assert measure.peak_bytes(one_after_the_other, CPU) == 4 << 20
     assert measure.peak_bytes(together, CPU) == 12 << 20
+
+
+def test_learning_curves_are_held_against_the_spread_over_seeds() -> None:
+    base = {0: [0.1, 0.2, 0.5], 1: [0.1, 0.3, 0.7]}  # last thirds .5 and .7: deviation .1414
+    curves = {
+        "bf16": base,
+        "fp8": {0: [0.1, 0.2, 0.6], 1: [0.1, 0.3, 0.8]},
+        "2 ranks": {0: [0, 0, 0.7], 1: [0, 0, 0.9]},
+    }
+    found = learning_curves.verdict(curves)
+    assert found["bf16"]["seed_standard_deviation"] == pytest.approx(0.02**0.5)
+    assert found["fp8"]["difference"] == pytest.approx(0.1) and found["fp8"]["within_seed_noise"]
+    assert found["2 ranks"]["difference"] == pytest.approx(0.2) and not found["2 ranks"]["within_seed_noise"]
+
+
+def test_finished_learning_curves_are_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for variant in learning_curves.VARIANTS:
+        for seed in (0, 1):
+            run = tmp_path / "runs" / f"{variant.replace(' ', '-')}-{seed}"
+            run.mkdir(parents=True)
+            rewards = [0.1, 0.2, 0.5 + 0.2 * seed + (0.5 if variant == "fp8" else 0.01)]
+            lines = [json.dumps({"reward": {"geneval": reward}}) for reward in rewards]
+            (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    arguments = ["--seeds", "0", "1", "--epochs", "3", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    assert learning_curves.main(arguments) == 1  # fp8 is made to differ
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert not result["variants"]["fp8"]["within_seed_noise"] and result["variants"]["2 ranks"]["within_seed_noise"]
+    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG" and "difference 0.4900" in capsys.readouterr().out

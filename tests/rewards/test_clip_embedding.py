@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +21,7 @@ from crd_fast.rewards.clip_embedding import (
     ClipPreparation,
     check_counts,
     load_clip,
+    resize,
     to_eight_bit,
 )
 
@@ -266,3 +268,22 @@ def test_unequal_numbers_are_refused(prompts, entries):
     check_counts("clipscore", images, ["a"] * 2, [{}] * 2)
     with pytest.raises(RewardError, match=f"'clipscore' was given 2 images, {prompts} prompts and {entries} metadata"):
         check_counts("clipscore", images, ["a"] * prompts, [{}] * entries)
+
+
+@pytest.mark.parametrize("sizes", [((40, 24), (16, 16)), ((9, 31), (24, 7)), ((16, 16), (16, 5))], ids=str)
+def test_resizing_is_torchs_own_with_a_deterministic_gradient(sizes) -> None:
+    old, new = sizes
+    images = torch.rand(2, 3, *old, dtype=torch.float64, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        ours = resize(images, new)
+        (slope,) = torch.autograd.grad(ours.square().sum(), images)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    rows = F.interpolate(images.float(), size=(new[0], old[1]), mode="bicubic", antialias=True)
+    theirs = F.interpolate(rows, size=new, mode="bicubic", antialias=True)
+    torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=2e-6)
+    (expected,) = torch.autograd.grad(theirs.double().square().sum(), images)
+    torch.testing.assert_close(slope, expected, rtol=0, atol=2e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(resize(images.detach(), new), ours.detach())
