@@ -26,7 +26,7 @@ kernels: $(VENV)/.installed-dev
 # instrumented, so the sanitizer's runtime comes first and leaks, which Python's own start has, are not looked for.
 SANITIZED := build/sanitize
 SANITIZED_TESTS := tests/ops/test_native_noise.py tests/ops/test_native_residual.py tests/ops/test_objective.py \
-  tests/ops/test_philox.py tests/forward/test_noise.py
+  tests/ops/test_philox.py tests/forward/test_noise.py tests/didr/test_generator_ops_native.py
 sanitize: $(VENV)/.installed-dev
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCRD_SANITIZE=ON \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)

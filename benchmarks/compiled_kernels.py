@@ -31,7 +31,13 @@ _OBJECTIVE = {
     **dict.fromkeys(("GROUPED", "WEIGHTED", "KL_WEIGHTED", "ADAPTIVE", "ADAPTIVE_KL", "ANCHORED"), True),
     "REDUCTION": 2,
 }
-_LATENTS = ("p_x0", "p_out", "p_predicted", "p_old", "p_target", "p_ref", "p_uncond", "p_grad")
+_GENERATOR = {"extra_guidance": "fp32", "GUIDED": True}
+_GENERATOR_SUMS = {**_GENERATOR, "p_invalid": "*i32", "HAS_X0": True, "SHIFTED": True}
+_GENERATOR_GRADIENT = {**_GENERATOR, "HAS_UPSTREAM": True}
+_LATENTS = (
+    *("p_x0", "p_out", "p_predicted", "p_old", "p_target", "p_ref", "p_uncond", "p_grad"),
+    *("p_ta", "p_score", "p_x_t"),
+)
 _COMMON = {
     **dict.fromkeys(("p_ids", "p_group_ids", "p_member_ids"), "*i64"),
     "p_mask": "*u8",
@@ -81,6 +87,13 @@ KERNELS = (
     _samples("objective softmax", 1, True, True),
     _samples("objective hard", 2, False, False),
     Kernel("objective totals", "objective", "totals_kernel", _OBJECTIVE),
+    Kernel("generator sums bf16", "generator", "partial_sums_kernel", _GENERATOR_SUMS, "bf16", (6, 0)),
+    Kernel("generator sums fp32", "generator", "partial_sums_kernel", _GENERATOR_SUMS, "fp32", (6, 0)),
+    Kernel(
+        "generator finalise", "generator", "finalise_kernel", {"p_invalid": "*i32", "p_count": "*i64", "BLOCK": 256}
+    ),
+    Kernel("generator grad bf16", "generator", "gradient_kernel", _GENERATOR_GRADIENT, "bf16", (4, 1)),
+    Kernel("generator grad fp32", "generator", "gradient_kernel", _GENERATOR_GRADIENT, "fp32", (4, 1)),
 )
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 import crd_fast
+from crd_fast.didr import generator_loss_of_predictions
+from crd_fast.schedules import RectifiedFlow
 
 Shape = tuple[int, ...]
 Run = Callable[[], Any]
@@ -215,10 +217,63 @@ def seeded_loss(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workl
     )
 
 
+# --- DIDR's generator loss, forward and backward ------------------------------------------------------------
+
+
+def eager_generator(x0: Tensor, x_t: Tensor, ta: Tensor, c: Tensor, u: Tensor, s_r: Tensor, t: Tensor) -> Tensor:
+    """Stage II as DMD2's trainer writes its loss: clean estimates, normaliser, a regression onto x0 - g."""
+    x0, x_t, ta, c, u, s_r = (latents.float() for latents in (x0, x_t, ta, c, u, s_r))
+    t = _per_row(t, x0)
+    x0_ta = x_t - t * ta
+    x0_ref = x_t - t * (u + 4.5 * (c - u))
+    normaliser = (x0 - x0_ref).abs().mean(tuple(range(1, x0.ndim)), keepdim=True)
+    g = (x0_ta - x0_ref - t.square() / (1 - t) * s_r) * ((1 - t) / t).square().clamp(max=1) / normaliser
+    return 0.5 * torch.nn.functional.mse_loss(x0, (x0 - torch.nan_to_num(g)).detach())
+
+
+def generator(shape: Shape, dtype: torch.dtype, device: torch.device) -> Workload:
+    x0, *others = _latents(shape, dtype, device, 6)
+    t = torch.linspace(0.05, 0.95, shape[0], device=device)
+    x0.requires_grad_()
+
+    def ours(x0: Tensor, x_t: Tensor, ta: Tensor, c: Tensor, u: Tensor, s_r: Tensor) -> Tensor:
+        return generator_loss_of_predictions(
+            x0, x_t, t, ta, c, s_r, unconditional=u, guidance_scale=4.5, schedule=RectifiedFlow(), weighting="bounded"
+        ).loss
+
+    def stepped(formula: Callable[..., Tensor]) -> Run:
+        return forward_backward(formula, x0, *others)
+
+    def eager(*latents: Tensor) -> Tensor:
+        return eager_generator(*latents, t)
+
+    def check() -> None:
+        values, gradients = [], []
+        for formula in (eager, ours):
+            values.append(stepped(formula)().detach())
+            assert x0.grad is not None
+            gradients.append(x0.grad.double().clone())
+        torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=1e-6)
+        limit = 6e-3 if dtype != torch.float32 else 2e-5
+        assert (gradients[0] - gradients[1]).norm() < limit * gradients[0].norm()
+
+    return Workload(
+        ours=stepped(ours),
+        eager=stepped(eager),
+        compiled=lambda: stepped(torch.compile(eager)),
+        check=check,
+        # forward reads all six; backward reads the predictions and s_r and writes the gradient
+        bytes=11 * x0.nbytes,
+        flops=34 * x0.numel(),
+        forget=lambda: setattr(x0, "grad", None),
+    )
+
+
 WORKLOADS: dict[str, Callable[[Shape, torch.dtype, torch.device], Workload]] = {
     "noise": noise,
     "residual_stats": residual_stats,
     "loss forward+backward": loss,
     "loss forward+backward, seeded": seeded_loss,
+    "generator forward+backward": generator,
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

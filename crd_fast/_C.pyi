@@ -85,5 +85,40 @@ def objective(
     slopes: int,
     metrics: int,
 ) -> None: ...
+def generator_statistics(
+    ta: _Rows,
+    ref: _Rows,
+    ref_uncond: _Rows | None,
+    extra_guidance: float,
+    s_r: _Rows,
+    slope: int,
+    level: int,
+    x0: _Rows | None,
+    x_t: _Rows | None,
+    shift: int,
+    batch: int,
+    dim: int,
+    distance: int,
+    gap: int,
+    correction: int,
+    difference: int,
+    invalid: int,
+    threads: int,
+) -> None: ...
+def generator_gradient(
+    ta: _Rows,
+    ref: _Rows,
+    ref_uncond: _Rows | None,
+    extra_guidance: float,
+    s_r: _Rows,
+    slope: int,
+    level: int,
+    scale: int,
+    upstream: int,
+    gradient: _Rows,
+    batch: int,
+    dim: int,
+    threads: int,
+) -> None: ...
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]: ...
 def instruction_set() -> str: ...

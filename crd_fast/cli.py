@@ -44,6 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue from the last whole checkpoint")
     train.set_defaults(run=_train)
 
+    didr = commands.add_parser("didr", help="train a one-step generator with a diffused reward")
+    didr.add_argument("recipe", help="YAML file, such as recipes/shapes_didr.yaml")
+    didr.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.lr=1e-5 algorithm.beta=0.1")
+    didr.add_argument("--resume", action="store_true", help="continue from the last whole checkpoint")
+    didr.set_defaults(run=_didr)
+
     sample = commands.add_parser("sample", help="PNGs from a model, with a trained LoRA or without")
     sample.add_argument("--model", required=True, help="pipeline folder or hub id")
     sample.add_argument("--lora", help="folder with pytorch_lora_weights.safetensors, or a run directory")
@@ -142,6 +148,21 @@ def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     _need_training_extra()
     from crd_fast.training.job import run
+    from crd_fast.training.stop import Interrupted
+
+    try:
+        run(recipe, resume=options.resume)
+    except Interrupted:
+        return 0
+    return 0
+
+
+def _didr(options: argparse.Namespace) -> int:
+    from crd_fast.didr.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    _need_training_extra()
+    from crd_fast.didr.job import run
     from crd_fast.training.stop import Interrupted
 
     try:

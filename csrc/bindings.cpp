@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "generator.h"
 #include "instruction_set.h"
 #include "noising.h"
 #include "objective.h"
@@ -247,6 +248,59 @@ void objective(Address mse, Address mae, Address kl, Address old_mse, Address ol
   crd::run_objective(args, results);
 }
 
+// What sums and gradient share; slope and level (batch,) fp32.
+crd::GeneratorArgs generator_args(const Tensor& ta, const Tensor& ref, const std::optional<Tensor>& ref_uncond,
+                                  float extra_guidance, const Tensor& s_r, Address slope, Address level,
+                                  int64_t batch, int64_t dim) {
+  crd::GeneratorArgs args{};
+  args.ta = rows_of("ta", ta, dim);
+  args.ref = rows_of("ref", ref, dim);
+  args.ref_uncond = rows_of("ref_uncond", ref_uncond, dim);
+  args.extra_guidance = extra_guidance;
+  args.s_r = rows_of("s_r", s_r, dim);
+  args.slope = floats("slope", slope);
+  args.level = floats("level", level);
+  args.batch = batch;
+  args.dim = dim;
+  return args;
+}
+
+// x_t and shift, (batch,) fp32, go together. distance, gap, correction, difference (batch,) fp32 and invalid (batch,)
+// int64 are written.
+void generator_statistics(const Tensor& ta, const Tensor& ref, const std::optional<Tensor>& ref_uncond,
+                          float extra_guidance, const Tensor& s_r, Address slope, Address level,
+                          const std::optional<Tensor>& x0, const std::optional<Tensor>& x_t, Address shift,
+                          int64_t batch, int64_t dim, Address distance, Address gap, Address correction,
+                          Address difference, Address invalid, int64_t threads) {
+  require_sizes(batch, dim, threads);
+  if (batch == 0 || dim == 0) return;
+  if (x_t.has_value() != (shift != 0)) throw std::invalid_argument("x_t and shift go together; expected both or neither");
+  crd::GeneratorArgs args = generator_args(ta, ref, ref_uncond, extra_guidance, s_r, slope, level, batch, dim);
+  args.x0 = rows_of("x0", x0, dim);
+  args.x_t = rows_of("x_t", x_t, dim);
+  args.shift = reinterpret_cast<const float*>(shift);
+  require_address("invalid", invalid);
+  const crd::GeneratorStatistics statistics{written_floats("distance", distance), written_floats("gap", gap),
+                                            written_floats("correction", correction),
+                                            written_floats("difference", difference),
+                                            reinterpret_cast<int64_t*>(invalid)};
+  py::gil_scoped_release unlocked;
+  crd::run_generator_statistics(args, statistics, threads);
+}
+
+// scale (batch,) fp32; upstream: null for 1, or one fp32 number. gradient is written.
+void generator_gradient(const Tensor& ta, const Tensor& ref, const std::optional<Tensor>& ref_uncond,
+                        float extra_guidance, const Tensor& s_r, Address slope, Address level, Address scale,
+                        Address upstream, const Tensor& gradient, int64_t batch, int64_t dim, int64_t threads) {
+  require_sizes(batch, dim, threads);
+  if (batch == 0 || dim == 0) return;
+  const crd::GeneratorArgs args = generator_args(ta, ref, ref_uncond, extra_guidance, s_r, slope, level, batch, dim);
+  const float* scales = floats("scale", scale);
+  const crd::Rows gradient_rows = written_rows("gradient", gradient, batch, dim);
+  py::gil_scoped_release unlocked;
+  crd::run_generator_gradient(args, scales, reinterpret_cast<const float*>(upstream), gradient_rows, threads);
+}
+
 py::tuple philox4x32(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
   const crd::PhiloxBlock block =
       crd::philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
@@ -277,6 +331,15 @@ PYBIND11_MODULE(_C, m) {
         py::arg("adv_clip"), py::arg("adaptive_weight"), py::arg("adaptive_kl"), py::arg("temperature"),
         py::arg("loss_type"), py::arg("reduction"), py::arg("loss"), py::arg("parts"), py::arg("samples"),
         py::arg("slopes"), py::arg("metrics"));
+  m.def("generator_statistics", &generator_statistics, "Sums over the valid elements of DIDR's gradient, per row.",
+        py::arg("ta"), py::arg("ref"), py::arg("ref_uncond"), py::arg("extra_guidance"), py::arg("s_r"),
+        py::arg("slope"), py::arg("level"), py::arg("x0"), py::arg("x_t"), py::arg("shift"), py::arg("batch"),
+        py::arg("dim"), py::arg("distance"), py::arg("gap"), py::arg("correction"), py::arg("difference"),
+        py::arg("invalid"), py::arg("threads"));
+  m.def("generator_gradient", &generator_gradient, "DIDR's gradient in the generator's samples, rounded once.",
+        py::arg("ta"), py::arg("ref"), py::arg("ref_uncond"), py::arg("extra_guidance"), py::arg("s_r"),
+        py::arg("slope"), py::arg("level"), py::arg("scale"), py::arg("upstream"), py::arg("gradient"),
+        py::arg("batch"), py::arg("dim"), py::arg("threads"));
   m.def("philox4x32", &philox4x32, "One Philox4x32-10 block: 4 words from a counter of 4 words and a key of 2.",
         py::arg("counter"), py::arg("key"));
   m.def(

@@ -1,9 +1,11 @@
+#include "generator_kernel.h"
 #include "kernels.h"
 #include "noising_kernel.h"
 #include "residual_kernel.h"
 
 namespace crd {
 
-const Kernels kAvx512Kernels = {&noise_span, &residual_sums_span, &residual_grad_span};
+const Kernels kAvx512Kernels = {&noise_span, &residual_sums_span, &residual_grad_span, &generator_sums_span,
+                                &generator_gradient_span};
 
 }  // namespace crd

@@ -1,10 +1,12 @@
 // Sixteen fp32 values side by side, in the vector registers of the instruction set this file is compiled for.
 //
-// Each operation rounds as its scalar counterpart in element.h does, so every build gives the same bits. `static inline`
-// and unnamed namespaces for the reason given in philox.h.
+// Each operation rounds as its scalar counterpart in element.h does, so every build gives the same bits. `finite` sets
+// all bits of the lanes that are neither infinite nor NaN, none of the others. `static inline` and unnamed namespaces
+// for the reason given in philox.h.
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "element.h"
 
@@ -15,6 +17,7 @@
 namespace crd {
 
 constexpr int kLanes = 16;
+constexpr float kLargest = std::numeric_limits<float>::max();
 
 namespace {
 
@@ -33,6 +36,10 @@ static inline Lanes operator+(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v
 static inline Lanes operator*(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
 static inline Lanes operator&(Lanes a, Lanes b) { return {_mm512_and_ps(a.v, b.v)}; }
 static inline Lanes fused(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+static inline Lanes finite(Lanes a) {
+  const __mmask16 kept = _mm512_cmp_ps_mask(_mm512_abs_ps(a.v), _mm512_set1_ps(kLargest), _CMP_LE_OQ);
+  return {_mm512_castsi512_ps(_mm512_movm_epi32(kept))};
+}
 
 static inline Lanes load_bfloat16(const uint16_t* source) {
   const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
@@ -77,6 +84,11 @@ static inline Lanes operator&(Lanes a, Lanes b) { return {_mm256_and_ps(a.low, b
 static inline Lanes fused(Lanes a, Lanes b, Lanes c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
+static inline __m256 half_finite(__m256 a) {
+  const __m256 magnitude = _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF)));
+  return _mm256_cmp_ps(magnitude, _mm256_set1_ps(kLargest), _CMP_LE_OQ);
+}
+static inline Lanes finite(Lanes a) { return {half_finite(a.low), half_finite(a.high)}; }
 
 static inline __m256 half_load_bfloat16(const uint16_t* source) {
   const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
@@ -134,6 +146,9 @@ static inline Lanes operator&(const Lanes& a, const Lanes& b) {
 }
 static inline Lanes fused(const Lanes& a, const Lanes& b, const Lanes& c) {
   return each_lane([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); });
+}
+static inline Lanes finite(const Lanes& a) {
+  return each_lane([&](int i) { return float_of((bits_of(a.v[i]) & 0x7F800000u) != 0x7F800000u ? 0xFFFFFFFFu : 0u); });
 }
 
 static inline Lanes load_bfloat16(const uint16_t* source) {

@@ -77,6 +77,8 @@ class Backbone(ABC):
     # "linear": u + w (c - u) with w = linear_scale(guidance_scale); "rescaled": `guide` alone combines them;
     # "distilled": the model takes a number instead, there is nothing to combine
     guidance: ClassVar[str] = "linear"
+    # what the model was trained to predict, "v" or "eps"; `velocity` is converted from it
+    prediction: ClassVar[str] = "v"
     # scale of a pipeline's `guidance_scale` argument at which nothing is combined
     unguided_scale: ClassVar[float] = 1.0
     # attribute of the pipeline that holds the velocity model, and the prefix of its layers in a LoRA file

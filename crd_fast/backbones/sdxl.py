@@ -13,7 +13,7 @@ Latents (C, H/8, W/8). Guidance is u + w (c - u). Text: two CLIP encoders side b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class SDXLBackbone(Backbone):
     family = "sdxl"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     block_lists = ("down_blocks", "up_blocks")
+    prediction = "eps"
     component = "unet"
     text_encoders = ("text_encoder", "text_encoder_2")
 
@@ -54,7 +55,8 @@ class SDXLBackbone(Backbone):
         self._ratios = ((1 - signal) / signal).sqrt().to(self.device, torch.float32)  # beta / alpha by timestep
         # between two timesteps the scheduler interpolates ratios, or, of levels that it respaced, their logarithms
         respaced = any(self._scheduler.config[f"use_{name}_sigmas"] for name in ("karras", "exponential", "beta"))
-        self._curve, self._uncurve = (torch.log, torch.exp) if respaced else (torch.clone, torch.clone)
+        self._curve: Callable[[Tensor], Tensor] = torch.log if respaced else torch.clone
+        self._uncurve: Callable[[Tensor], Tensor] = torch.exp if respaced else torch.clone
         self._last = float(self._ratios[-1] / (1 + self._ratios[-1]))
         if pipeline.vae.config.force_upcast and options.dtype == torch.float16:
             pipeline.vae.to(torch.float32)  # as the pipeline does: its activations overflow in float16

@@ -186,6 +186,17 @@ def assert_disjoint(train: PromptSet, test: PromptSet) -> None:
         )
 
 
+def shuffled_slice(prompt_count: int, size: int, number: int, seed: int) -> Tensor:
+    """Slice `number` of an endless row of seeded permutations of all prompts, int64 (size,); see `GroupSampler`."""
+    positions = np.arange(number * size, (number + 1) * size)
+    rounds, offsets = np.divmod(positions, prompt_count)
+    picked = np.empty(size, dtype=np.int64)
+    for turn in np.unique(rounds):
+        order = np.random.default_rng([seed, int(turn)]).permutation(prompt_count)
+        picked[rounds == turn] = order[offsets[rounds == turn]]
+    return torch.from_numpy(picked)
+
+
 @dataclass(frozen=True)
 class GroupSampler:
     """Which prompts an epoch trains on: `groups` prompts with `group_size` samples each.
@@ -216,13 +227,7 @@ class GroupSampler:
         """Prompt index of each group of an epoch, int64 (groups,). Raises ValueError for epoch < 0."""
         if epoch < 0:
             raise ValueError(f"epoch is {epoch}: expected 0 or more")
-        positions = np.arange(epoch * self.groups, (epoch + 1) * self.groups)
-        rounds, offsets = np.divmod(positions, self.prompt_count)
-        picked = np.empty(self.groups, dtype=np.int64)
-        for number in np.unique(rounds):
-            order = np.random.default_rng([self.seed, int(number)]).permutation(self.prompt_count)
-            picked[rounds == number] = order[offsets[rounds == number]]
-        return torch.from_numpy(picked)
+        return shuffled_slice(self.prompt_count, self.groups, epoch, self.seed)
 
     def samples(self, epoch: int) -> Tensor:
         """Prompt index of each sample of an epoch, groups one after another, int64 (groups * group_size,)."""

@@ -6,14 +6,13 @@ Source: "Diff-Instruct with Diffused Reward" (arXiv 2605.24001). The mathematics
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from crd_fast import checks
-from crd_fast.didr import reference
+from crd_fast.didr import ops, reference
+from crd_fast.didr.reference import GeneratorInputs, Statistics
 from crd_fast.errors import nearest
 from crd_fast.schedules import Schedule, compute_dtype
 
@@ -76,29 +75,131 @@ def generator_loss(
     Raises:
         ValueError: a shape, dtype or device that does not fit, an unknown weighting, a time out of range or at an end
             of it, where alpha or sigma is 0 (times are looked at on CPU, elsewhere with CRD_FAST_CHECKS=1).
+        ExtensionMissingError: see `crd_fast.ops`.
     """
     checks.require_latents("x0", x0)
     for name, other in (("x_t", x_t), ("x0_ta", x0_ta), ("x0_ref", x0_ref), ("s_r", s_r)):
         checks.require_like(name, other, "x0", x0)
+    alpha, sigma = _levels(t, schedule, weighting, x0, x0_ta, x0_ref, s_r)
+    inputs = GeneratorInputs(
+        ta=x0_ta.detach(),
+        ref=x0_ref.detach(),
+        ref_uncond=None,
+        guidance_scale=1.0,
+        s_r=s_r.detach(),
+        slope=torch.ones_like(alpha),
+        level=sigma.square() / alpha,
+    )
+    return _output(x0, inputs, alpha, sigma, weighting, x_t=None, shift=None)
+
+
+def generator_loss_of_predictions(
+    x0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    ta: Tensor,
+    conditional: Tensor,
+    s_r: Tensor,
+    *,
+    schedule: Schedule,
+    unconditional: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    kind: str | None = None,
+    weighting: str = "ikl",
+) -> GeneratorOutput:
+    """`generator_loss` of what the models predict: guidance and both clean estimates are made on the way.
+
+    Equivalent to, but the latents are read once for the value and once for the gradient, and no estimate is stored::
+
+        x0_ta = schedule.to_x0(ta, x_t, t, kind)
+        x0_ref = reference_x0(conditional, x_t, t, schedule=schedule, unconditional=unconditional,
+                              guidance_scale=guidance_scale, kind=kind)
+        generator_loss(x0, x_t, t, x0_ta, x0_ref, s_r, schedule=schedule, weighting=weighting)
+
+    x_t cancels in x0_ta - x0_ref before anything is rounded; it is read for the normaliser N alone.
+
+    Args:
+        x0, t, s_r, schedule, weighting: as in `generator_loss`.
+        x_t: (B, *latent) noising of x0 at t, at which the models predicted; not read where kind is "x0".
+        ta: (B, *latent) prediction of the TA network. conditional, unconditional: (B, *latent) those of the frozen
+            reference; the second is needed unless guidance_scale is 1, and is not read then.
+        guidance_scale: w of the prediction u + w (c - u), see `reference_x0`.
+        kind: of all three predictions, "eps", "v", "x0" or "score"; None is the schedule's own.
+
+    Returns:
+        `GeneratorOutput`, with metrics as in `generator_loss`.
+
+    Raises:
+        ValueError: as in `generator_loss` and `reference_x0`.
+        ExtensionMissingError: see `crd_fast.ops`.
+    """
+    checks.require_latents("x0", x0)
+    for name, other in (("x_t", x_t), ("ta", ta), ("conditional", conditional), ("s_r", s_r)):
+        checks.require_like(name, other, "x0", x0)
+    weight = checks.require_finite_number("guidance_scale", guidance_scale)
+    uncond = None if weight == 1.0 else _require_unconditional(unconditional, guidance_scale, x0)
+    latents = [x0, x_t, ta, conditional, s_r] + ([] if uncond is None else [uncond])
+    alpha, sigma = _levels(t, schedule, weighting, *latents)
+    with torch.no_grad():
+        one, zero = torch.ones_like(alpha)[:, None], torch.zeros_like(alpha)[:, None]  # (B, 1)
+        shift, slope = (schedule.to_x0(*probe, t, kind).flatten() for probe in ((zero, one), (one, zero)))
+    inputs = GeneratorInputs(
+        ta=ta.detach(),
+        ref=conditional.detach(),
+        ref_uncond=None if uncond is None else uncond.detach(),
+        guidance_scale=weight,
+        s_r=s_r.detach(),
+        slope=slope,
+        level=sigma.square() / alpha,
+    )
+    if (kind or schedule.kind) == "x0":  # predictions are the estimates, whatever x_t holds
+        return _output(x0, inputs, alpha, sigma, weighting, x_t=None, shift=None)
+    return _output(x0, inputs, alpha, sigma, weighting, x_t=x_t.detach(), shift=shift)
+
+
+def _require_unconditional(unconditional: Tensor | None, guidance_scale: float, x0: Tensor) -> Tensor:
+    if unconditional is None:
+        raise ValueError(
+            f"unconditional: expected a prediction because guidance_scale is {guidance_scale}, got None; pass the "
+            "prediction of the empty prompt, or guidance_scale=1"
+        )
+    return checks.require_like("unconditional", unconditional, "x0", x0)
+
+
+def _levels(t: Tensor, schedule: Schedule, weighting: str, *latents: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma (B,) at checked times, in the dtype of the arithmetic."""
     if weighting not in reference.WEIGHTINGS:
         raise ValueError(
             f"weighting: expected one of {reference.WEIGHTINGS}, got {weighting!r}"
             f"{nearest(str(weighting), reference.WEIGHTINGS)}"
         )
-    schedule.require_times(t, x0.shape[0], x0.device)
+    schedule.require_times(t, latents[0].shape[0], latents[0].device)
     with torch.no_grad():
-        alpha, sigma = schedule.levels(t, compute_dtype(x0, x0_ta, x0_ref, s_r))
-        _require_inside(alpha, sigma, t)
-        level = sigma.square() / alpha
-        sample, ta, ref, added = (latents.detach().flatten(1) for latents in (x0, x0_ta, x0_ref, s_r))  # (B, dim)
-        dim = sample.shape[1]
-        statistics = reference.generator_statistics(sample, ta, ref, added, level)
+        alpha, sigma = schedule.levels(t, compute_dtype(*latents))
+    _require_inside(alpha, sigma, t)
+    return alpha, sigma
+
+
+def _output(
+    x0: Tensor,
+    inputs: GeneratorInputs,
+    alpha: Tensor,
+    sigma: Tensor,
+    weighting: str,
+    *,
+    x_t: Tensor | None,
+    shift: Tensor | None,
+) -> GeneratorOutput:
+    with torch.no_grad():
+        dim = x0.shape[1:].numel()
+        normalised = (None, None, None) if weighting == "ikl" else (x0.detach(), x_t, shift)
+        statistics = Statistics(*ops.generator_statistics(*inputs, *normalised))
         scale = reference.generator_scale(statistics, alpha, sigma, weighting, dim)
         energy = scale.scale.square() * statistics.difference / dim  # (B,) mean g^2
         gap, correction = (statistics.gap / dim).sqrt(), (statistics.correction / dim).sqrt()
         value = energy.mean() / 2.0
     return GeneratorOutput(
-        loss=_WithGradient.apply(x0, ta, ref, added, level, scale.scale, value),
+        loss=ops.generator_value(x0, value, *inputs, scale.scale),
         gap=gap,
         correction=correction,
         normaliser=scale.normaliser,
@@ -114,25 +215,6 @@ def generator_loss(
             "nonfinite": scale.zeroed.sum(),
         },
     )
-
-
-class _WithGradient(torch.autograd.Function):
-    """The number `value`, whose derivative in x0 is g / numel."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x0: Tensor, x0_ta: Tensor, x0_ref: Tensor, s_r: Tensor, level: Tensor, scale: Tensor, value: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x0_ta, x0_ref, s_r, level, scale)
-        ctx.shape, ctx.dtype = x0.shape, x0.dtype
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = reference.generator_gradient(*ctx.saved_tensors)  # (B, dim)
-        gradient = gradient * (upstream / gradient.numel())
-        return gradient.view(ctx.shape).to(ctx.dtype), None, None, None, None, None, None
 
 
 def _require_inside(alpha: Tensor, sigma: Tensor, t: Tensor) -> None:

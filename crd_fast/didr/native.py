@@ -23,8 +23,8 @@ def generator_statistics(
         ValueError: a tensor has another device, dtype or shape.
     """
     batch, dim = _sizes("ta", inputs.ta)
-    sums = tuple(torch.empty(batch) for _ in range(4))
-    invalid = torch.empty(batch, dtype=torch.int64)
+    distance, gap, correction, difference = (torch.empty(batch) for _ in range(4))
+    statistics = Statistics(distance, gap, correction, difference, torch.empty(batch, dtype=torch.int64))
     extension().generator_statistics(
         *_arguments(inputs, None),
         None if x0 is None else _rows("x0", x0, inputs.ta),
@@ -32,11 +32,10 @@ def generator_statistics(
         _optional_vector("shift", shift, batch, torch.float32),
         batch,
         dim,
-        *(total.data_ptr() for total in sums),
-        invalid.data_ptr(),
+        *(total.data_ptr() for total in statistics),
         torch.get_num_threads(),
     )
-    return Statistics(*sums, invalid)
+    return statistics
 
 
 def generator_gradient(inputs: GeneratorInputs, scale: Tensor, upstream: Tensor | None, out: Tensor) -> None:

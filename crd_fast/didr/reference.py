@@ -131,9 +131,7 @@ def generator_scale(statistics: Statistics, alpha: Tensor, sigma: Tensor, weight
     )
 
 
-def generator_gradient(
-    inputs: GeneratorInputs, scale: Tensor, upstream: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def generator_gradient(inputs: GeneratorInputs, scale: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Second pass: g of (3) times upstream, (), or None for 1, in `dtype` and the shape and layout of `ta`.
 
     0 where g is not finite, and in a sample with a scale of zero, whatever upstream is. scale: (B,).

@@ -91,10 +91,20 @@ class StageTwoOutput:
     x0: Tensor
 
 
-def stage_one(generator: Generator, ta: Predict, z: Tensor, eps: Tensor, t: Tensor, *, schedule: Schedule) -> TAOutput:
+def stage_one(
+    generator: Generator,
+    ta: Predict,
+    z: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    *,
+    schedule: Schedule,
+    kind: str | None = None,
+) -> TAOutput:
     """Stage I: the TA's loss on fresh samples of the generator, which runs without graph. Gradients flow to the TA.
 
-    z: what the generator takes. eps: (B, *latent) noise. t: (B,) times, moved to the samples' device.
+    z: what the generator takes. eps: (B, *latent) noise. t: (B,) times, moved to the samples' device. kind: the error
+    is taken of this, "eps", "v" or "x0", after the prediction was converted to it; None is the schedule's own.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit.
@@ -104,7 +114,10 @@ def stage_one(generator: Generator, ta: Predict, z: Tensor, eps: Tensor, t: Tens
         x0 = generator(z)
         t = t.to(x0.device)
         x_t = schedule.add_noise(x0, eps, t)
-    return ta_loss(ta(x_t, t), x0, eps, t, schedule=schedule)
+    predicted = ta(x_t, t)
+    if kind is not None:
+        predicted = schedule.convert(predicted, x_t, t, to=kind)
+    return ta_loss(predicted, x0, eps, t, schedule=schedule, kind=kind)
 
 
 def stage_two(

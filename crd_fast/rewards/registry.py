@@ -20,6 +20,7 @@ from crd_fast.rewards.pickscore import PickScore, PickScoreOptions
 from crd_fast.rewards.remote.client import RemoteOptions, RemoteReward
 from crd_fast.rewards.remote.legacy import LegacyOptions, LegacyReward
 from crd_fast.rewards.shapes import detect_shapes
+from crd_fast.rewards.shapes_judge import ShapesJudge, ShapesJudgeOptions
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ _REWARDS: dict[str, tuple[type, Callable[[Any], Reward]]] = {
     "ocr": (OcrSettings, _ocr),
     "pickscore": (PickScoreOptions, PickScore),
     "remote": (RemoteOptions, RemoteReward),
+    "shapes_judge": (ShapesJudgeOptions, ShapesJudge),
 }
 
 _SEVERAL: dict[str, Callable[[Any, str], Reward]] = {"legacy_remote": LegacyReward, "remote": RemoteReward}

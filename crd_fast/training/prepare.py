@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from torch import nn
 
 from crd_fast.acceleration.attention import use_attention
 from crd_fast.acceleration.compilation import CompileCounter, compile_blocks
@@ -14,7 +17,7 @@ from crd_fast.full_finetuning import FullCopies
 from crd_fast.lora import LoRABank
 from crd_fast.ranks import Ranks
 from crd_fast.snapshots import OLD, SAMPLING, TRAINED, ParameterSets
-from crd_fast.training.config import Recipe
+from crd_fast.training.config import AccelerationSettings, Recipe
 from crd_fast.training.flops import forward_flops
 from crd_fast.training.sharding import shard
 
@@ -54,7 +57,7 @@ def prepare(
     flops = forward_flops(sets, backbone, conditioning)
     roles = recipe.precision.roles()
     settings = recipe.acceleration
-    modules = list(sets.modules.values()) if isinstance(sets, FullCopies) else [backbone.transformer]
+    modules = modules_of(sets, backbone)
     if isinstance(sets, FullCopies):
         _round_copies(sets, backbone, roles)
         roles = {role: precision if role == "ref" else recipe.precision.dtype for role, precision in roles.items()}
@@ -62,6 +65,20 @@ def prepare(
     precisions = apply_precisions(backbone.transformer, backbone.block_lists, roles)
     if isinstance(sets, LoRABank) and roles["rollout"] == FP8:
         sets.merges = False  # a merged weight would have to be rounded anew for every rollout
+    counters = accelerate(modules, backbone, settings)
+    shard(sets, backbone, recipe.train.sharding, ranks)
+    return Prepared(precisions, counters, flops)
+
+
+def modules_of(sets: ParameterSets, backbone: Backbone) -> list[nn.Module]:
+    """The backbone's model, and its copies where it has any."""
+    return list(sets.modules.values()) if isinstance(sets, FullCopies) else [backbone.transformer]
+
+
+def accelerate(
+    modules: Sequence[nn.Module], backbone: Backbone, settings: AccelerationSettings
+) -> list[CompileCounter]:
+    """Apply attention, recomputation and compilation to the backbone's model and its copies, in place."""
     for module in modules:
         backbone.attention = use_attention(module, settings.attention)
     counters = []
@@ -69,8 +86,7 @@ def prepare(
         checkpoint_blocks(module, backbone.block_lists, settings.recompute, around=backbone.attention)
         if settings.compile:
             counters.append(compile_blocks(module, backbone.block_lists))
-    shard(sets, backbone, recipe.train.sharding, ranks)
-    return Prepared(precisions, counters, flops)
+    return counters
 
 
 def _round_copies(sets: FullCopies, backbone: Backbone, roles: dict[str, str]) -> None:

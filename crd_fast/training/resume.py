@@ -52,16 +52,19 @@ def check_equal(saved: str, now: str, free: Sequence[str]) -> None:
 
 
 class EpochTrainer(Protocol):
-    """What a trainer is to those that start, stop and continue it.
-
-    epoch: finished ones; step: optimiser steps taken; light: its tensors are small enough to copy at every epoch.
-    """
+    """What a trainer is to those that start, stop and continue it. epoch: finished ones."""
 
     epoch: int
-    step: int
 
     @property
-    def light(self) -> bool: ...
+    def step(self) -> int:
+        """Optimiser steps taken."""
+        ...
+
+    @property
+    def light(self) -> bool:
+        """Whether its tensors are small enough to copy at every epoch."""
+        ...
 
     def run_epoch(self) -> dict[str, Any]:
         """Train one epoch and return its row of metrics. Raises Interrupted when a stop was asked for."""

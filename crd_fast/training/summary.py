@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from crd_fast.data.prompts import PromptSet
@@ -13,6 +14,8 @@ from crd_fast.whole_files import write_json, write_text
 
 # Images of each task that are kept as PNG, the same ones before and after.
 KEPT_PER_TASK = 12
+# Of a run's evaluations: the model before, the base with guidance, or in many steps, and the model after.
+SIDES = ("before", "guided", "reference", "after")
 
 
 def kept_indices(count: int, images: int) -> list[int]:
@@ -25,13 +28,7 @@ def summarize(directory: RunDirectory, recipe: Recipe, epochs: int, test_prompts
 
     summary.json holds nothing that differs between equal runs; wall time goes to timing.json.
     """
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    sides = {}
-    for side in ("before", "guided", "after"):
-        file = directory / f"evaluation_{side}.json"
-        if file.exists():
-            sides[side] = json.loads(file.read_text())
-    train = recipe.train
+    train, sides = recipe.train, read_sides(directory)
     summary = {
         "name": recipe.name,
         "seed": recipe.run.seed,
@@ -42,23 +39,38 @@ def summarize(directory: RunDirectory, recipe: Recipe, epochs: int, test_prompts
         **{side: kept["summary"] for side, kept in sides.items()},
     }
     write_json(directory / "summary.json", summary)
+    if "before" in sides and "after" in sides and test_prompts is not None:
+        kept = kept_indices(len(sides["after"]["prompt_ids"]), recipe.evaluation.images)
+        write_sample_index(directory, test_prompts, kept, sides["before"], sides["after"])
+    return write_timing(directory)
+
+
+def read_sides(directory: RunDirectory) -> dict[str, Any]:
+    """The run's evaluations by side, in the order in which they are told."""
+    files = {side: directory / f"evaluation_{side}.json" for side in SIDES}
+    return {side: json.loads(file.read_text()) for side, file in files.items() if file.exists()}
+
+
+def write_timing(directory: RunDirectory) -> float:
+    """Write timing.json; returns the minutes of training."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     minutes = rows[-1]["elapsed_seconds"] / 60 if rows else 0.0
     write_json(directory / "timing.json", {"train_minutes": minutes, "peak_gigabytes": peak_gigabytes()})
-    if "before" in sides and "after" in sides and test_prompts is not None:
-        _write_sample_index(directory, test_prompts, recipe.evaluation.images, sides["before"], sides["after"])
     return minutes
 
 
-def _write_sample_index(
-    directory: RunDirectory, test_prompts: PromptSet, images: int, before: dict[str, Any], after: dict[str, Any]
+def write_sample_index(
+    directory: RunDirectory, prompts: PromptSet, kept: Sequence[int], before: dict[str, Any], after: dict[str, Any]
 ) -> None:
+    """samples/metadata.jsonl: a row for each image that was kept, which are the same ones before and after."""
     lines = []
-    for number, index in enumerate(kept_indices(len(after["prompt_ids"]), images)):
+    for number, index in enumerate(kept):
         prompt_id = after["prompt_ids"][index]
+        tag = prompts.metadata[prompt_id].get("tag")
         entry = {
             "file_name": f"{number:05d}.png",
-            "prompt": test_prompts.prompts[prompt_id],
-            "tag": test_prompts.metadata[prompt_id]["tag"],
+            "prompt": prompts.prompts[prompt_id],
+            **({} if tag is None else {"tag": tag}),
             "seed": index,
             "before": before["passed"][index],
             "after": after["passed"][index],

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 import crd_fast
 from crd_fast.acceleration.precision import FP8
@@ -41,6 +40,7 @@ from crd_fast.training.experience import Experience, Explorer
 from crd_fast.training.flops import TRAINED_PASSES, peak_flops
 from crd_fast.training.frozen import FrozenPredictions
 from crd_fast.training.metrics import epoch_metrics
+from crd_fast.training.optimizer import GuardedAdamW
 from crd_fast.training.phases import Phases
 from crd_fast.training.plan import MicroStep, check_ranks, micro_steps
 from crd_fast.training.prepare import Prepared
@@ -109,13 +109,11 @@ class Trainer:
         # where a group, or a batch that is centered as one, is spread over ranks
         spread = train.micro_batch % train.group_size != 0 or self.loss_config.centering == "batch"
         self.centering_group = ranks.data_group if spread else None
-        self.optimizer = torch.optim.AdamW(
-            sets.tensors(TRAINED), lr=train.lr, weight_decay=train.weight_decay, betas=(0.9, 0.999)
+        self.optimizer = GuardedAdamW(
+            sets, lr=train.lr, weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm
         )
         self._gated = prepared.precisions.roles["ref"] != FP8
         self.epoch = 0  # finished epochs
-        self.step = 0  # optimiser steps taken
-        self.skipped_in_a_row = 0
         self._trained = 0  # samples that the trained model saw in this epoch's updates
 
     # --- state ---
@@ -124,6 +122,11 @@ class Trainer:
     def light(self) -> bool:
         return self.sets.light
 
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken."""
+        return self.optimizer.steps
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that a resumed run needs, by name: the sets and the optimiser's moments. Not copies."""
         state: dict[str, Tensor] = {
@@ -131,26 +134,16 @@ class Trainer:
             for slot in SLOTS
             for name, tensor in self.sets.named_tensors(slot).items()
         }
-        for name, parameter in self.sets.named_tensors(TRAINED).items():
-            moments = self.optimizer.state[parameter]
-            if not moments:  # AdamW makes them in its first step
-                moments["step"] = torch.tensor(float(self.step))
-                moments["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                moments["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state[f"optimizer.{name}.{moment}"] = moments[moment]
-        return state
+        return state | {f"optimizer.{name}": moment for name, moment in self.optimizer.tensors().items()}
 
     def values(self) -> dict[str, Any]:
         """The counters that a resumed run needs; its other inputs are functions of the recipe."""
-        return {"epoch": self.epoch, "step": self.step, "skipped_in_a_row": self.skipped_in_a_row}
+        return {"epoch": self.epoch, "step": self.step, "skipped_in_a_row": self.optimizer.skipped_in_a_row}
 
     def set_values(self, values: Mapping[str, Any]) -> None:
         """Continue from these counters; the tensors have been filled in place."""
-        self.epoch, self.step = values["epoch"], values["step"]
-        self.skipped_in_a_row = values["skipped_in_a_row"]
-        for parameter in self.sets.tensors(TRAINED):
-            self.optimizer.state[parameter]["step"].fill_(self.step)
+        self.epoch = values["epoch"]
+        self.optimizer.set_counts(values["step"], values["skipped_in_a_row"])
 
     # --- one epoch ---
 
@@ -173,7 +166,7 @@ class Trainer:
             **totals,
             **experience.row,
             **decays,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.optimizer.lr,
             **self.prepared.row(),
             "seconds": {name: round(value, 4) for name, value in self.phases.seconds.items()},
             "samples_per_second": len(experience.batch.latents) / elapsed,
@@ -250,22 +243,11 @@ class Trainer:
         """One optimiser step, or none when the gradient is not finite. Returns the gradient's norm."""
         train = self.recipe.train
         with self.phases.timed("optimizer"):
-            self.sets.average_gradients(self.ranks)
-            total = torch.nn.utils.clip_grad_norm_(self.sets.tensors(TRAINED), train.max_grad_norm)
-            norm = _read(total.full_tensor() if isinstance(total, DTensor) else total)
-            if math.isfinite(norm):
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self._learning_rate()
-                self.optimizer.step()
-                self.step += 1
-                self.skipped_in_a_row = 0
-            else:
-                self.skipped_in_a_row += 1
-            self.optimizer.zero_grad(set_to_none=True)
-        if self.skipped_in_a_row >= train.max_skipped:
+            norm = self.optimizer.step(self.ranks, self._learning_rate())
+        if self.optimizer.skipped_in_a_row >= train.max_skipped:
             prompts = sorted({self.prompts.prompts[i] for i in batch.prompt_ids[micro.rows].tolist()})
             raise NonFiniteError(
-                f"{self.skipped_in_a_row} optimiser steps in a row had a gradient that is not finite "
+                f"{self.optimizer.skipped_in_a_row} optimiser steps in a row had a gradient that is not finite "
                 f"(epoch {self.epoch}, sigma {micro.sigma.min():.3f} to {micro.sigma.max():.3f}, prompts such as "
                 f"{prompts[0]!r}): lower train.lr, or look at the rewards and the model's predictions"
             )
@@ -291,8 +273,3 @@ class Trainer:
         for slot, decay in decays.items():
             self.sets.update_snapshot(slot, decay)
         return {f"{slot}_decay": decay for slot, decay in decays.items()}
-
-
-def _read(value: Tensor) -> float:
-    """A number from the device, which the host waits for."""
-    return value.item()

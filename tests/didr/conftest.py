@@ -6,7 +6,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     """Tensors are tiny: a second thread only waits, and on a busy machine for long."""
     before = torch.get_num_threads()

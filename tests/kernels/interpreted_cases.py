@@ -13,6 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crd_fast import kernels, native, ops, reference, reference_objective
+from crd_fast.didr import ops as generator_ops
+from crd_fast.didr import reference as generator_reference
+from crd_fast.didr.reference import GeneratorInputs
 from crd_fast.reference import ResidualInputs
 from crd_fast.reference_objective import ObjectiveInputs
 
@@ -206,6 +209,81 @@ def test_objective_equals_fp64_formulas(index):
         assert (got - exact).abs().max() <= allowed, name
 
 
+# --- DIDR's generator stage ---------------------------------------------------------------------------------
+
+
+def generator_case(shape, dtypes, *, guided=True, distance=2, transposed=False, dirty=False):
+    """GeneratorInputs, and (x0, x_t, shift) of the distance: nothing, of an estimate (1), of a prediction (2)."""
+    generator = torch.Generator().manual_seed(2)
+    of_latents = iter(dtypes * 6)
+
+    def tensor():
+        drawn = torch.randn(shape, generator=generator)
+        if dirty:
+            bad = torch.tensor([torch.nan, torch.inf, -torch.inf])[torch.randint(3, shape, generator=generator)]
+            drawn = torch.where(torch.rand(shape, generator=generator) < 0.1, bad, drawn)
+        if transposed:
+            axes = (0, *range(drawn.ndim - 1, 0, -1))
+            drawn = drawn.permute(axes).contiguous().permute(axes)
+        return drawn.to(next(of_latents))
+
+    slope, level, shift = torch.rand(3, shape[0], generator=generator) + 0.2
+    inputs = GeneratorInputs(tensor(), tensor(), tensor() if guided else None, 3.5, tensor(), -slope, level)
+    return inputs, (
+        tensor() if distance else None,
+        tensor() if distance == 2 else None,
+        shift if distance == 2 else None,
+    )
+
+
+GENERATORS = [
+    generator_case((1, 1), [torch.float32]),
+    generator_case((2, 63), [torch.bfloat16], guided=False),
+    generator_case((3, 1000), [torch.float16], distance=1),
+    generator_case((1, 5000), [torch.float32, torch.bfloat16], distance=0),
+    generator_case((2, 3, 4, 5), [torch.bfloat16, torch.float32, torch.float16], transposed=True),
+    generator_case((2, 9, 6), [torch.float32], dirty=True, distance=0),
+    generator_case((2, 2100), [torch.bfloat16], dirty=True, distance=0, guided=False),
+]
+
+
+def in_double(values):
+    return tuple(value.double() if isinstance(value, torch.Tensor) else value for value in values)
+
+
+@pytest.mark.parametrize("index", range(len(GENERATORS)))
+def test_generator_statistics_equal_fp64_formulas(index):
+    inputs, of_distance = GENERATORS[index]
+    truth = generator_reference.generator_statistics(GeneratorInputs(*in_double(inputs)), *in_double(of_distance))
+    got = kernels.generator_statistics(*inputs, *of_distance)
+    for name, value, exact in zip(truth._fields[:4], got, truth, strict=False):
+        torch.testing.assert_close(value.double(), exact, rtol=5e-6, atol=1e-7, msg=name)
+    assert torch.equal(got[4], truth.invalid) and bool(truth.invalid.any()) == (index >= 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", range(len(GENERATORS)))
+def test_generator_gradient_equals_fp64_formula(index, dtype):
+    inputs, _ = GENERATORS[index]
+    scale, upstream = torch.tensor([0.7, -1.5, 0.0])[: len(inputs.ta)], (None, torch.tensor(0.25))[index % 2]
+    got = kernels.generator_gradient(*inputs, scale, upstream, dtype)
+    exact = GeneratorInputs(*in_double(inputs))
+    truth = generator_reference.generator_gradient(exact, scale.double(), upstream, torch.float64)
+    assert got.dtype == dtype and got.stride() == torch.empty_like(inputs.ta).stride()
+    torch.testing.assert_close(
+        got.double(), truth, rtol=2 * torch.finfo(dtype).eps, atol=2e-6 * float(truth.abs().max()) + 1e-7
+    )
+
+
+def test_dropped_samples_of_the_generator_may_hold_anything():
+    inputs, _ = generator_case((3, 50), [torch.float32])
+    inputs.ta[1] = torch.inf
+    gradient = kernels.generator_gradient(
+        *inputs, torch.tensor([1.0, 0.0, 0.0]), torch.tensor(torch.inf), torch.float32
+    )
+    assert not gradient[1:].any() and gradient[0].isinf().any()
+
+
 # --- launches -----------------------------------------------------------------------------------------------
 
 
@@ -274,4 +352,21 @@ def test_a_loss_is_four_launches_forward_and_one_backward(monkeypatch, old_is_a_
             assert launched == ["partial_sums_kernel", "finalise_kernel", "samples_kernel", "totals_kernel"]
             ops._residual_grad_cuda(*inputs, mse, kl, mse.new_empty(()))
     assert launched[4:] == ["grad_kernel"]
+    assert work.names == []
+
+
+def test_the_generator_is_two_launches_forward_and_one_backward(monkeypatch):
+    torch.use_deterministic_algorithms(False)
+    launched, work = [], Work()
+    room = importlib.import_module("crd_fast.kernels.generator")
+    for name in ("partial_sums_kernel", "finalise_kernel", "gradient_kernel"):
+        monkeypatch.setattr(room, name, Counted(getattr(room, name), name, launched, work))
+    inputs, of_distance = generator_case((3, 4, 5), [torch.bfloat16], transposed=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(generator_ops, "_triton", lambda: kernels)
+        with work:
+            generator_ops._statistics_cuda(*inputs, *of_distance)
+            assert launched == ["partial_sums_kernel", "finalise_kernel"]
+            generator_ops._gradient_cuda(*inputs, inputs.level, inputs.level.new_empty(()), torch.float32)
+    assert launched[2:] == ["gradient_kernel"]
     assert work.names == []

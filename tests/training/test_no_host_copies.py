@@ -22,7 +22,7 @@ from crd_fast.lora import LoRABank
 from crd_fast.ranks import Ranks
 from crd_fast.rewards.scorer import Scorer
 from crd_fast.rollout import RolloutBatch
-from crd_fast.training import trainer as trainer_module
+from crd_fast.training import optimizer as optimizer_module
 from crd_fast.training.config import build_recipe
 from crd_fast.training.experience import Experience
 from crd_fast.training.plan import micro_steps
@@ -115,7 +115,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         seen.append(value)
         return 1.0
 
-    monkeypatch.setattr(trainer_module, "_read", read)
+    monkeypatch.setattr(optimizer_module, "_read", read)
     return seen
 
 

@@ -161,3 +161,27 @@ def test_without_a_kl_term_the_reference_is_not_run(
     monkeypatch.setattr(FrozenPredictions, "_predict_rows", seen)
     row = train(recipe, tmp_path / "run", "algorithm.kl_coef=0", "train.epochs=1")[0]
     assert rows == [[("old", 4)]] * 4 and row["kl_loss"] == 0
+
+
+def test_out_of_memory_names_the_keys_to_lower_and_loses_nothing(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["train.epochs=3", "train.checkpoint_every=1"]
+    whole = train(recipe, tmp_path / "whole", *options)
+    predict, calls = FrozenPredictions.predict, []
+
+    def full(self: FrozenPredictions, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:  # in the second epoch, after its first update
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return predict(self, *arguments)
+
+    monkeypatch.setattr(FrozenPredictions, "predict", full)
+    run = tmp_path / "run"
+    assert cli.main(["train", str(recipe), f"run.dir={run}", *options]) == 2
+    message = capsys.readouterr().err
+    assert "out of memory" in message and "train.micro_batch (4)" in message and f"{run} can be continued" in message
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+    resumed = train(recipe, run, *options, "--resume")
+    for row, expected in zip(resumed, whole, strict=True):
+        assert {name: row[name] for name in LEARNED} == {name: expected[name] for name in LEARNED}

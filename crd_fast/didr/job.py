@@ -1,0 +1,268 @@
+"""From a DIDR recipe to a run directory: images before, training, images after. A stop leaves it resumable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crd_fast.backbones.base import Backbone
+from crd_fast.data.prompts import assert_disjoint, load_prompts, shuffled_slice
+from crd_fast.didr.networks import EMA, GENERATOR, Networks, OneStep
+from crd_fast.didr.pictures import Advance, Painter
+from crd_fast.didr.recipe import DIDRRecipe, dump_recipe
+from crd_fast.didr.trainer import DIDRTrainer
+from crd_fast.errors import ConfigError
+from crd_fast.evaluation import shapes_suite
+from crd_fast.progress import Reporter
+from crd_fast.rewards import registry
+from crd_fast.rewards.base import DifferentiableReward, score_batch
+from crd_fast.training.checkpoint import CheckpointStore
+from crd_fast.training.launch import Launch, Session, launch
+from crd_fast.training.loop import EpochLoop, LoopSettings
+from crd_fast.training.memory import keep_freed_memory, peak_gigabytes
+from crd_fast.training.models import embed_prompts, load_backbone
+from crd_fast.training.summary import kept_indices, read_sides, write_sample_index, write_timing
+from crd_fast.whole_files import write_json, write_text
+
+Paint = Callable[[list[int], Advance], torch.Tensor]
+"""Prompt ids, and what to tell of images done -> images (N, 3, H, W)."""
+FOLDERS = {"lora": "lora", "full": "transformer"}  # of the run directory, where the generator is saved
+
+
+def run(recipe: DIDRRecipe, *, resume: bool = False, reporter: Reporter | None = None) -> Path:
+    """Run a recipe to its summary; returns the run directory. Under torchrun, every rank calls it.
+
+    Raises CrdFastError for anything the user can mend, and Interrupted after a signal, when the run has
+    saved a checkpoint from which `resume` continues.
+    """
+    settings = Launch(
+        name=recipe.name,
+        run=recipe.run,
+        dumped=dump_recipe(recipe),
+        timeout_minutes=recipe.train.timeout_minutes,
+        less_memory=f"train.micro_batch ({recipe.train.micro_batch}) or decode.micro_batch "
+        f"({recipe.decode.micro_batch}), or set decode.recompute and acceleration.recompute",
+        check_resumed=recipe.check_resumed,
+    )
+    return launch(settings, lambda session: _Job(recipe, session).run(), resume=resume, reporter=reporter)
+
+
+class _Job:
+    def __init__(self, recipe: DIDRRecipe, session: Session) -> None:
+        self.recipe, self.session = recipe, session
+        self.directory, self.ranks, self.report = session.directory, session.ranks, session.report
+        recipe.train.micro_batches(self.ranks.world)
+        self.reward = _differentiable(recipe)
+        self.prompts = load_prompts(recipe.data.prompts)
+        self.prompts.require(self.reward.requires)
+        self.test_prompts = load_prompts(recipe.data.test_prompts) if recipe.data.test_prompts else None
+        if self.test_prompts is not None:
+            assert_disjoint(self.prompts, self.test_prompts)
+            if recipe.evaluation.suite is None:
+                self.test_prompts.require(self.reward.requires)
+        with self.ranks.together("loading the model"):
+            backbone = load_backbone(recipe.model, recipe.precision.dtype, session.device)
+            if backbone.frames is not None:
+                raise ConfigError(f"model.path {recipe.model.path} makes videos: rewards with gradients see images")
+            origin = None
+            if recipe.generator.path is not None:
+                own = replace(recipe.model, path=recipe.generator.path)
+                origin = load_backbone(own, recipe.precision.dtype, session.device)
+                origin.release_text_encoders()
+                origin.pipeline.vae = None
+        if session.device.type == "cpu":
+            keep_freed_memory()
+        if recipe.decode.recompute:
+            backbone.pipeline.vae.enable_gradient_checkpointing()
+        self.networks = Networks.build(recipe, backbone, origin)
+        held_out = self.test_prompts.prompts if self.test_prompts is not None else ()
+        embedded = embed_prompts(
+            backbone, recipe.model, ["", *self.prompts.prompts, *held_out], self.directory / "embeddings", self.ranks
+        )
+        unconditional, trained_on = embedded[:1], embedded[1 : 1 + len(self.prompts)]
+        with self.ranks.together("trying the reward"):
+            self._try_reward(backbone)
+        generator = OneStep(self.networks, recipe.generator.start)
+        painter = Painter(recipe, self.networks, generator, trained_on, unconditional, self.ranks)
+        self.trainer = DIDRTrainer(
+            recipe,
+            self.networks,
+            self.prompts,
+            trained_on,
+            unconditional,
+            self.reward,
+            self._beta(painter),
+            session.stop,
+            self.ranks,
+        )
+        self.shown, self.painter = self.prompts, painter  # the prompts of the images before and after
+        if self.test_prompts is not None:
+            held_out_rows = embedded[1 + len(self.prompts) :]
+            self.shown = self.test_prompts
+            self.painter = Painter(recipe, self.networks, generator, held_out_rows, unconditional, self.ranks)
+        self.store = CheckpointStore(self.directory / "checkpoints", recipe.train.keep_checkpoints, self.ranks.control)
+
+    def _try_reward(self, backbone: Backbone) -> None:
+        """What a reward lacks is better said now than after the TA has warmed up."""
+        decoded = backbone.decode(torch.zeros(1, *backbone.latent_shape, device=self.session.device))
+        shades = torch.linspace(0.1, 0.9, decoded.shape[-1], device=decoded.device).expand(decoded.shape)
+        self.reward.differentiable_scores(shades, self.prompts.prompts[:1], self.prompts.metadata[:1])
+
+    def _beta(self, painter: Painter) -> float:
+        """The recipe's, or what an earlier start of this run has measured, or what is measured now."""
+        algorithm, file = self.recipe.algorithm, self.directory / "beta.json"
+        if algorithm.beta is not None:
+            return algorithm.beta
+        if self.ranks.tell(file.exists()):
+            return self.ranks.tell(json.loads(file.read_text())["beta"] if self.ranks.first else 0.0)
+        chosen = shuffled_slice(len(self.prompts), algorithm.beta_prompts, 0, self.recipe.run.seed)
+        ids = chosen.repeat_interleave(algorithm.beta_images).tolist()
+        images = self._paint("measuring beta", ids, painter.many_steps)
+        with self.ranks.together("measuring beta"):
+            prompts = [self.prompts.prompts[i] for i in ids]
+            metadata = [self.prompts.metadata[i] for i in ids]
+            scores = score_batch(self.reward, images, prompts, metadata)[self.reward.name]
+            deviation = scores.view(-1, algorithm.beta_images).std(1).mean().item()
+            beta = algorithm.beta_share * deviation
+            if beta == 0:
+                raise ConfigError(
+                    f"algorithm.beta cannot be measured: {self.reward.name} is the same for all images of a prompt; "
+                    "set it"
+                )
+        beta = self.ranks.tell(beta)
+        if self.ranks.first:
+            write_json(file, {"beta": beta, "deviation": deviation, "mean": scores.mean().item(), "images": len(ids)})
+        self.report.say(f"beta {beta:.4g}: {algorithm.beta_share:g} of {self.reward.name}'s deviation {deviation:.4g}")
+        return beta
+
+    def run(self) -> Path:
+        recipe, train = self.recipe, self.recipe.train
+        if self.ranks.first:
+            write_text(self.directory / "config.yaml", dump_recipe(recipe))
+            self.directory.write_environment(self.session.device, self.ranks.world)
+        loop = EpochLoop(
+            self.session,
+            self.store,
+            self.trainer,
+            LoopSettings(train.epochs, train.max_minutes, train.checkpoint_every),
+            self._export,
+            epoch_note,
+        )
+        if self.session.resume:
+            loop.restore()
+        self.report.say(f"run directory {self.directory.path}")
+        self._evaluate("before", lambda ids, done: self.painter.one_step(GENERATOR, ids, done))
+        self._evaluate("reference", self.painter.many_steps)
+        loop.run()
+        if self.ranks.first or not self.networks.light:
+            self._save(self.directory / FOLDERS[train.parameters])
+        self._evaluate("after", lambda ids, done: self.painter.one_step(EMA, ids, done))
+        if self.ranks.first:
+            minutes = self._summarize()
+            self.report.say(
+                f"trained {self.trainer.epoch} epochs in {minutes:.1f} minutes, peak {peak_gigabytes():.1f} GB"
+            )
+        self.ranks.wait()
+        return self.directory.path
+
+    def _export(self, folder: Path) -> None:
+        if self.networks.light:
+            self._save(folder)
+
+    def _save(self, folder: Path) -> None:
+        """The moving average of the generator, in a form that diffusers loads."""
+        self.networks.own.save(self.networks.origin, folder, EMA)
+
+    # --- images before and after ---
+
+    def _evaluate(self, side: str, paint: Paint) -> None:
+        """Make a side's images, keep some, and score them, unless an earlier start of this run has done it.
+
+        paint: prompt ids, and what to tell of images done.
+        """
+        file = self.directory / f"evaluation_{side}.json"
+        if self.ranks.tell(file.exists()) and side != "after":
+            return
+        settings = self.recipe.evaluation
+        if settings.suite is not None:
+            ids = shapes_suite.choose_prompts(self.shown, settings.images)
+        else:
+            ids = [i % len(self.shown) for i in range(settings.images)]
+        images = self._paint(f"images {side}", ids, paint)
+        if not self.ranks.first:
+            return
+        scored = self._score(images, ids)
+        self.directory.save_images(side, images, self._kept(len(ids)))
+        write_json(file, scored)
+        numbers = {name: value for name, value in scored["summary"].items() if isinstance(value, float)}
+        self.report.say(f"{side}: " + "  ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+
+    def _paint(self, name: str, ids: list[int], paint: Paint) -> torch.Tensor:
+        """`paint(ids, ..)` under the progress display, on all ranks."""
+        self.report.begin(name, len(ids))
+
+        def advance(done: int) -> None:
+            self.session.stop.check(self.ranks)
+            self.report.update(min(done * self.ranks.world, len(ids)))
+
+        return paint(ids, advance)
+
+    def _score(self, images: torch.Tensor, ids: list[int]) -> dict[str, Any]:
+        """What is written of a side: a summary, and of every image its prompt and whether it passed, or its score."""
+        settings = self.recipe.evaluation
+        if settings.suite is not None:
+            found = shapes_suite.score(images, self.shown, images=settings.images, seed=self.recipe.run.seed)
+            return {"summary": found.summary, "passed": found.passed, "prompt_ids": found.prompt_ids}
+        prompts = [self.shown.prompts[i] for i in ids]
+        metadata = [self.shown.metadata[i] for i in ids]
+        scores = score_batch(self.reward, images, prompts, metadata)[self.reward.name]
+        summary = {"n": len(ids), self.reward.name: scores.mean().item()}
+        return {"summary": summary, "passed": scores.tolist(), "prompt_ids": ids}
+
+    def _kept(self, count: int) -> list[int]:
+        settings = self.recipe.evaluation
+        return list(range(count)) if settings.suite is None else kept_indices(count, settings.images)
+
+    def _summarize(self) -> float:
+        """summary.json, timing.json and the index of the images; returns the minutes of training."""
+        recipe, sides = self.recipe, read_sides(self.directory)
+        summary = {
+            "name": recipe.name,
+            "seed": recipe.run.seed,
+            "model": recipe.model.path,
+            "minutes": recipe.train.max_minutes,
+            "epochs": self.trainer.epoch,
+            "iterations": self.trainer.iteration,
+            "samples": self.trainer.draws * recipe.train.batch,
+            **{side: kept["summary"] for side, kept in sides.items()},
+        }
+        write_json(self.directory / "summary.json", summary)
+        kept = self._kept(len(sides["after"]["prompt_ids"]))
+        write_sample_index(self.directory, self.shown, kept, sides["before"], sides["after"])
+        return write_timing(self.directory)
+
+
+def epoch_note(row: dict[str, Any]) -> str:
+    """What a glance at an epoch should tell."""
+    parts = [f"TA {row['ta_loss']:.4f} ({row['ta_loss_before']:.4f} to {row['ta_loss_after']:.4f})"]
+    if "gap" in row:
+        parts.append(f"gap {row['gap']:.4f}")
+    for name, value in row.get("reward", {}).items():
+        parts.append(f"{name} {value:.4f}  correction {row['correction']:.4f}")
+    return "  ".join([*parts, f"{row['samples_per_second']:.1f} samples/s"])
+
+
+def _differentiable(recipe: DIDRRecipe) -> DifferentiableReward:
+    """The recipe's reward. Raises ConfigError when it has no gradient."""
+    reward = registry.build(recipe.reward.name, recipe.reward.options)
+    if not reward.differentiable or not isinstance(reward, DifferentiableReward):
+        raise ConfigError(
+            f"reward.name is {recipe.reward.name!r}, which has no gradient in the image: use one that has, such as "
+            "hpsv2, pickscore, imagereward, clipscore or aesthetic"
+        )
+    return reward

@@ -1,0 +1,128 @@
+"""Epoch after epoch of any trainer: metrics, checkpoints, a time limit, and a stop that can be resumed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crd_fast.errors import CrdFastError, NonFiniteError
+from crd_fast.ranks import RankError
+from crd_fast.training.checkpoint import CheckpointStore
+from crd_fast.training.launch import Session
+from crd_fast.training.resume import EpochStart, EpochTrainer
+from crd_fast.training.stop import Interrupted
+from crd_fast.training.tensorboard import Scalars
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """epochs: in all; max_minutes: stop after the epoch that passes it; checkpoint_every: epochs."""
+
+    epochs: int
+    max_minutes: float | None
+    checkpoint_every: int
+
+
+class EpochLoop:
+    """Runs a trainer to its last epoch in a run directory.
+
+    export: writes what goes into a checkpoint besides the state, such as an adapter. note: what a glance at an epoch's
+    row should tell.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        store: CheckpointStore,
+        trainer: EpochTrainer,
+        settings: LoopSettings,
+        export: Callable[[Path], None],
+        note: Callable[[dict[str, Any]], str],
+    ) -> None:
+        self.session, self.store, self.trainer, self.settings = session, store, trainer, settings
+        self.export, self.note = export, note
+
+    def restore(self) -> None:
+        """Go back to the newest whole checkpoint, or to the beginning where there is none."""
+        trainer, report, ranks = self.trainer, self.session.report, self.session.ranks
+        epochs = 0
+        if self.store.newest_path() is None:
+            report.say("no checkpoint yet: starting from the beginning")
+        else:
+            path, values = self.store.latest(report.say)
+            self.store.load(path, trainer.tensors())
+            trainer.set_values(values)
+            epochs = trainer.epoch
+            report.say(f"resumed from {path.name} after {epochs} epochs")
+        if ranks.first:
+            self.session.directory.truncate_metrics(epochs)
+        ranks.wait()
+
+    def run(self) -> None:
+        """Train the epochs that are left.
+
+        Raises Interrupted when a stop was asked for, after a checkpoint to continue from; NonFiniteError, which names
+        the last good checkpoint.
+        """
+        trainer, settings, report = self.trainer, self.settings, self.session.report
+        ranks, directory = self.session.ranks, self.session.directory
+        report.begin("training", settings.epochs, trainer.epoch)
+        started, elapsed_before = time.perf_counter(), self._elapsed_before()
+        scalars = Scalars(directory / "tensorboard", trainer.epoch) if ranks.first else None
+        start = None
+        while trainer.epoch < settings.epochs:
+            del start  # its copies go before the next are made
+            start = EpochStart(trainer)
+            try:
+                row = trainer.run_epoch()
+            except Interrupted:
+                self._save_interrupted(start)
+                raise
+            except NonFiniteError as error:
+                self.store.finish()
+                last = self.store.newest_path()
+                raise NonFiniteError(f"{error}; last good checkpoint: {last or 'none yet'}") from error
+            except RankError:
+                raise  # a save that waits for a rank that is gone would not finish
+            except CrdFastError:
+                self.store.finish()
+                raise
+            row["elapsed_seconds"] = ranks.tell(elapsed_before + time.perf_counter() - started)
+            if scalars is not None:
+                directory.append_metrics(row)
+                scalars.write(row)
+            report.update(trainer.epoch, self.note(row), line=True)
+            over = settings.max_minutes is not None and row["elapsed_seconds"] > 60 * settings.max_minutes
+            if trainer.epoch % settings.checkpoint_every == 0 or trainer.epoch == settings.epochs or over:
+                self._save()
+            if over:
+                report.say(f"train.max_minutes {settings.max_minutes} reached after {trainer.epoch} epochs")
+                break
+        self.store.finish()
+        if scalars is not None:
+            scalars.close()
+
+    def _elapsed_before(self) -> float:
+        """Training seconds of the epochs a resumed run already has."""
+        path = self.session.directory / "metrics.jsonl"
+        rows = path.read_text().splitlines() if path.exists() else []
+        return float(json.loads(rows[-1])["elapsed_seconds"]) if rows else 0.0
+
+    def _save(self, *, wait: bool = False) -> None:
+        trainer = self.trainer
+        self.store.save(trainer.epoch, trainer.tensors(), trainer.values(), self.export, wait=wait)
+
+    def _save_interrupted(self, start: EpochStart) -> None:
+        """A stopped epoch is begun again: what is saved is its start, where that is still known."""
+        report = self.session.report
+        if start.restore(self.trainer):
+            self._save(wait=True)
+            report.say(f"saved after {self.trainer.epoch} epochs")
+            return
+        self.store.finish()
+        last = self.store.newest_path()
+        report.say(f"stopped inside an epoch's updates; {f'{last.name} is the last checkpoint' if last else ''}")

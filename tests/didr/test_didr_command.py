@@ -1,0 +1,252 @@
+"""`crd-fast didr` on tiny pipelines: training, resuming, stopping, exporting, and wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from crd_fast.didr import trainer as trainer_module
+from crd_fast.evaluation.pictures import read_image
+from crd_fast.evaluation.shapes_suite import FIRST_SAMPLE_ID
+from crd_fast.rollout import initial_noise
+from crd_fast.training.models import load_backbone
+from tests import pipelines
+from tests.didr.tiny import ADAPTER, MODEL, PROMPTS, START, didr, make_recipe, make_world, rows
+
+FAMILIES = tuple(MODEL)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    runs = {family: tmp_path_factory.mktemp("runs") / family for family in FAMILIES}
+    for family, run in runs.items():
+        didr(world / f"{family}.yaml", f"run.dir={run}")
+    return runs
+
+
+def test_a_run_leaves_every_file_of_its_contract(finished: dict[str, Path]) -> None:
+    run = finished["sd3"]
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "timing.json", "environment.json", ADAPTER):
+        assert (run / name).is_file(), name
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["epoch-000001", "epoch-000002"]
+    assert (run / "checkpoints" / "epoch-000001" / "pytorch_lora_weights.safetensors").is_file()
+    table = rows(run)
+    assert [(row["epoch"], row["step"], row["ta_step"]) for row in table] == [(0, 2, 4), (1, 4, 8)]
+    wanted = {"ta_loss", "ta_loss_before", "ta_loss_after", "reward", "correction_ratio", "nonfinite", "grad_norm"}
+    assert wanted <= table[0].keys()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["iterations"] == 4 and summary["samples"] == 2 * 2 * 3 * 4
+    assert all({"clipscore", "n"} <= summary[side].keys() for side in ("before", "reference", "after"))
+
+
+def test_tensorboard_has_the_same_numbers(finished: dict[str, Path]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished["sd3"] / "tensorboard"))
+    events.Reload()
+    table = rows(finished["sd3"])
+    for name, expected in {
+        "ta_loss": [row["ta_loss"] for row in table],
+        "reward/clipscore": [row["reward"]["clipscore"] for row in table],
+        "grad_norm/generator": [row["grad_norm"]["generator"] for row in table],
+    }.items():
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(expected, rel=1e-5)
+
+
+# --- what is exported ---
+
+
+def start_noise(family: str, folder: Path) -> Tensor:
+    backbone = load_backbone(make_recipe(family, folder).model, "fp32", torch.device("cpu"))
+    return initial_noise(backbone, FIRST_SAMPLE_ID + torch.arange(len(PROMPTS)), 0)
+
+
+def one_step(family: str, folder: Path, lora: Path | None, start: Tensor) -> Tensor:
+    """The images that users of diffusers get from one step."""
+    if family != "sdxl":
+        return pipelines.family(family).sample(folder, lora, list(PROMPTS), start, 1, None)
+    from diffusers import LCMScheduler, StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        list(PROMPTS),
+        latents=start,
+        timesteps=[round(1000 * START["sdxl"])],
+        num_inference_steps=1,
+        guidance_scale=0.0,
+        height=64,
+        width=64,
+        output_type="pt",
+    ).images
+
+
+def assert_kept(run: Path, side: str, images: Tensor) -> None:
+    for number, image in enumerate(images):
+        kept = read_image(run / "samples" / side / f"{number:05d}.png")
+        assert (kept - image).abs().max() <= 1.01 / 255, (side, number)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_diffusers_loads_the_generator_and_draws_the_same(family: str, world: Path, finished: dict[str, Path]) -> None:
+    """`samples/after` are one-step samples of the exported adapter, `samples/before` of the model it started from."""
+    start = start_noise(family, world / family)
+    before = one_step(family, world / family, None, start)
+    after = one_step(family, world / family, finished[family] / "lora", start)
+    assert_kept(finished[family], "before", before)
+    assert_kept(finished[family], "after", after)
+    assert (after - before).abs().max() > 2 / 255, "the adapter does nothing"
+
+
+def test_samples_are_told_apart_by_their_metadata(finished: dict[str, Path]) -> None:
+    folder = finished["sd3"] / "samples"
+    entries = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert [entry["prompt"] for entry in entries] == [*PROMPTS, PROMPTS[0]]
+    for entry in entries:
+        assert {"seed", "before", "after"} <= entry.keys()
+        assert all((folder / side / entry["file_name"]).is_file() for side in ("before", "reference", "after"))
+
+
+def test_an_adapter_can_be_the_start(world: Path, finished: dict[str, Path], tmp_path: Path) -> None:
+    """The generator, not the TA or the reference: images before are those after the run it comes from."""
+    run = tmp_path / "run"
+    lora = f"generator.lora={finished['sd3'] / 'lora'}"
+    didr(world / "sd3.yaml", f"run.dir={run}", lora, "train.epochs=1", "train.steps=1")
+    for number in range(4):
+        before, after = run / "samples" / "before", finished["sd3"] / "samples" / "after"
+        difference = read_image(before / f"{number:05d}.png") - read_image(after / f"{number:05d}.png")
+        assert difference.abs().max() <= 1.01 / 255
+        references = [r / "samples" / "reference" / f"{number:05d}.png" for r in (run, finished["sd3"])]
+        assert references[0].read_bytes() == references[1].read_bytes()
+    adapter = load_file(run / ADAPTER)
+    assert any(
+        (adapter[name] - tensor).abs().max() > 0 for name, tensor in load_file(finished["sd3"] / ADAPTER).items()
+    )
+
+
+def with_transformer(folder: Path, transformer: Path, out: Path) -> Path:
+    """The SD3 pipeline of `folder` with another transformer."""
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    model = SD3Transformer2DModel.from_pretrained(transformer)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        folder, transformer=model, text_encoder_3=None, tokenizer_3=None
+    )
+    pipeline.save_pretrained(out)
+    return out
+
+
+def test_a_generator_with_a_model_of_its_own(world: Path, finished: dict[str, Path], tmp_path: Path) -> None:
+    """It starts as that model and its adapter belongs to it; the reference stays as it was."""
+    transformer = pipelines.family("sd3").save(tmp_path / "seed1", seed=1) / "transformer"
+    other = with_transformer(world / "sd3", transformer, tmp_path / "other")
+    run = tmp_path / "run"
+    didr(world / "sd3.yaml", f"run.dir={run}", f"generator.path={other}", "train.epochs=1")
+    start = start_noise("sd3", world / "sd3")
+    before, after = one_step("sd3", other, None, start), one_step("sd3", other, run / "lora", start)
+    assert (after - before).abs().max() > 2 / 255
+    assert_kept(run, "before", before)
+    assert_kept(run, "after", after)
+    for name in ("00000.png", "00001.png"):
+        same, different = (
+            [(r / "samples" / side / name).read_bytes() for r in (run, finished["sd3"])]
+            for side in ("reference", "before")
+        )
+        assert same[0] == same[1] and different[0] != different[1]
+
+
+def test_all_of_the_generators_parameters(world: Path, tmp_path: Path) -> None:
+    """Full fine-tuning: the saved model draws `samples/after`."""
+    run = tmp_path / "run"
+    didr(world / "sd3.yaml", f"run.dir={run}", "train.parameters=full", "train.lr=3e-3", "train.ta_lr=1e-3")
+    start = start_noise("sd3", world / "sd3")
+    trained = with_transformer(world / "sd3", run / "transformer", tmp_path / "trained")
+    before, after = one_step("sd3", world / "sd3", None, start), one_step("sd3", trained, None, start)
+    assert (after - before).abs().max() > 2 / 255
+    assert_kept(run, "after", after)
+
+
+# --- stopping and continuing ---
+
+
+def same_adapters(first: Path, second: Path) -> bool:
+    return (first / ADAPTER).read_bytes() == (second / ADAPTER).read_bytes()
+
+
+def test_resuming_repeats_the_uninterrupted_run(world: Path, finished: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    didr(world / "sd3.yaml", f"run.dir={run}", "train.epochs=1")
+    assert len(rows(run)) == 1 and not same_adapters(run, finished["sd3"])
+    didr(world / "sd3.yaml", f"run.dir={run}", "--resume")
+    assert rows(run) == rows(finished["sd3"])
+    assert same_adapters(run, finished["sd3"])
+    assert (run / "summary.json").read_bytes() == (finished["sd3"] / "summary.json").read_bytes()
+
+
+def test_sigterm_leaves_a_run_that_continues(
+    world: Path, finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes inside the second epoch's Stage I; the epoch is done again."""
+    run, draw_step = tmp_path / "run", trainer_module.draw_step
+
+    def interrupted(*arguments: Any) -> Any:
+        if arguments[3] == 8:  # the number of the step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw_step(*arguments)
+
+    monkeypatch.setattr(trainer_module, "draw_step", interrupted)
+    didr(world / "sd3.yaml", f"run.dir={run}")
+    assert not (run / "lora").exists() and len(rows(run)) == 1
+    monkeypatch.setattr(trainer_module, "draw_step", draw_step)
+    didr(world / "sd3.yaml", f"run.dir={run}", "--resume")
+    assert rows(run) == rows(finished["sd3"]) and same_adapters(run, finished["sd3"])
+
+
+def test_a_time_limit(world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    didr(world / "sd3.yaml", f"run.dir={run}", "train.epochs=50", "train.max_minutes=1e-6", "evaluation.images=1")
+    assert len(rows(run)) == 1 and (run / ADAPTER).is_file()
+
+
+# --- wrong input ---
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["reward={name: jpeg_compressibility}"], "jpeg_compressibility', which has no gradient"),
+        (["train.batch=3"], "train.batch is 3, which 1 ranks with train.micro_batch 2 cannot share out"),
+        (["algorithm.beta=-1"], "beta: expected a number > 0"),
+        (["generator.path=nowhere/at/all"], "nowhere/at/all is not a folder"),
+        (["train.parameters=full", "generator.lora=x"], "merge it into the model first"),
+        (["algorithm.gidance_scale=2"], "did you mean 'guidance_scale'"),
+    ],
+)
+def test_wrong_input_is_named(
+    overrides: list[str], message: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    didr(world / "sd3.yaml", f"run.dir={tmp_path / 'run'}", *overrides, code=2)
+    assert message in capsys.readouterr().err
+
+
+def test_another_recipe_cannot_resume_a_run(
+    world: Path, finished: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    didr(world / "sd3.yaml", f"run.dir={finished['sd3']}", "--resume", "algorithm.beta=0.5", code=2)
+    assert "algorithm.beta was 0.05, now 0.5" in capsys.readouterr().err

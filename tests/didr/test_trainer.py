@@ -1,0 +1,428 @@
+"""The DIDR trainer on tiny pipelines: what each stage moves, what steps depend on, and that it learns."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from crd_fast.didr import DIDRTrainer, GaussianDamping
+from crd_fast.didr.draws import draw_step
+from crd_fast.didr.metrics import EpochLog
+from crd_fast.didr.networks import EMA, GENERATOR, TA
+from crd_fast.errors import ConfigError, NonFiniteError
+from crd_fast.ranks import Ranks
+from crd_fast.rollout import generate, initial_noise
+from crd_fast.snapshots import BASE
+from crd_fast.training.models import load_backbone
+from tests.didr.tiny import MODEL, Redness, make_recipe, make_trainer, save_pipeline, scramble
+
+FAMILIES = tuple(MODEL)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: save_pipeline(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+
+
+@pytest.fixture
+def folder(folders: dict[str, Path]) -> Path:
+    return folders["sd3"]
+
+
+def state(trainer: DIDRTrainer) -> dict[str, Tensor]:
+    """Everything there is, by the network it belongs to: adapters, frozen models, autoencoder, reward."""
+    networks = trainer.networks
+    tensors = {name: tensor.detach().clone() for name, tensor in networks.named_tensors().items()}
+    banks = [".down_", ".up_"]
+    for name, tensor in networks.backbone.transformer.state_dict().items():
+        if not any(bank in name for bank in banks):
+            tensors[f"reference.{name}"] = tensor.clone()
+    for name, tensor in networks.backbone.pipeline.vae.state_dict().items():
+        tensors[f"vae.{name}"] = tensor.clone()
+    assert isinstance(trainer.reward, Redness)
+    return tensors | {f"reward.{name}": tensor.clone() for name, tensor in trainer.reward.state_dict().items()}
+
+
+def moved(trainer: DIDRTrainer, before: dict[str, Tensor]) -> set[str]:
+    now = state(trainer)
+    assert now.keys() == before.keys()
+    return {name.partition(".")[0] for name in now if not torch.equal(now[name], before[name])}
+
+
+def gradients(trainer: DIDRTrainer) -> set[str]:
+    """The networks that hold gradients."""
+    networks = trainer.networks
+    named = [(name.partition(".")[0], tensor) for name, tensor in networks.named_tensors().items()]
+    named += [("reference", p) for n, p in networks.backbone.transformer.named_parameters() if "base" in n]
+    named += [("vae", p) for p in networks.backbone.pipeline.vae.parameters()]
+    named += [("reward", p) for p in trainer.reward.parameters()]  # type: ignore[attr-defined]
+    return {name for name, tensor in named if tensor.grad is not None}
+
+
+# --- the stages ---
+
+
+@pytest.mark.parametrize("origin", [False, True], ids=["one_model", "two_models"])
+@pytest.mark.parametrize("parameters", ["lora", "full"])
+def test_each_stage_moves_its_own_network_alone(folder: Path, parameters: str, origin: bool) -> None:
+    trainer = make_trainer(make_recipe("sd3", folder, parameters=parameters), origin=origin)
+    before = state(trainer)
+    trainer._stage_one(trainer._draw(), EpochLog())
+    assert moved(trainer, before) == {TA} and gradients(trainer) == set()
+
+    before = state(trainer)
+    assert trainer._stage_two(trainer._draw(), trainer.reward, EpochLog())
+    assert moved(trainer, before) == {GENERATOR} and gradients(trainer) == set()
+
+
+def test_no_gradient_is_kept_for_what_a_stage_does_not_move(folder: Path) -> None:
+    """Looked at between the backward pass and the step that forgets gradients."""
+    trainer = make_trainer(make_recipe("sd3", folder))
+    scramble(trainer, GENERATOR, TA)
+    (draw, _) = trainer._draw()
+    trainer._backward(TA, trainer._ta_output(draw).loss, last=True)
+    assert gradients(trainer) == {TA}
+    trainer.optimizers[TA].skip()
+    trainer._backward(GENERATOR, trainer._generator_loss(draw, trainer.reward).generator.loss, last=True)
+    assert gradients(trainer) == {GENERATOR}
+
+
+def test_an_iteration_is_its_stages_and_the_average_follows(folder: Path) -> None:
+    trainer = make_trainer(make_recipe("sd3", folder, steps=1, ta_ratio=3))
+    scramble(trainer, GENERATOR, EMA)
+    before = [t.detach().clone() for t in trainer.networks.own.tensors(EMA)]
+    row = trainer.run_epoch()
+    assert (row["step"], row["ta_step"], row["iteration"], trainer.draws) == (1, 3, 1, 4)
+    now = zip(before, trainer.networks.own.tensors(EMA), trainer.networks.own.tensors(GENERATOR), strict=True)
+    for was, average, generator in now:
+        torch.testing.assert_close(average.detach(), 0.5 * was + 0.5 * generator.detach())
+
+
+def test_warm_ups(folder: Path) -> None:
+    """First the TA alone, one step an iteration; then both without the reward; then everything."""
+    reward = Redness()
+    trainer = make_trainer(make_recipe("sd3", folder, steps=1, ta_warmup=2, distil=1), reward)
+    scramble(trainer, GENERATOR)
+    before = state(trainer)
+    rows = [trainer.run_epoch() for _ in range(2)]
+    assert moved(trainer, before) == {TA} and reward.calls == 0
+    assert [row["ta_step"] for row in rows] == [1, 2] and not any("gap" in row for row in rows)
+    row = trainer.run_epoch()
+    assert moved(trainer, before) == {TA, GENERATOR, EMA} and reward.calls == 0
+    assert row["ta_step"] == 4 and row["gap"] > 0 and "reward" not in row
+    row = trainer.run_epoch()
+    assert reward.calls > 0 and row["correction"] > 0 and set(row["reward"]) == {"redness"}
+
+
+@pytest.mark.parametrize("family", ["sd3", "sdxl"])
+def test_the_ta_regresses_what_its_model_predicts(family: str, folders: dict[str, Path]) -> None:
+    """SDXL's error is that of eps, a flow model's that of the velocity."""
+    trainer = make_trainer(make_recipe(family, folders[family]))
+    scramble(trainer, GENERATOR, TA)
+    (draw, _) = trainer._draw()
+    with torch.no_grad():
+        x0 = trainer.generator.sample(GENERATOR, draw.z, draw.conditioning)
+        level = draw.t[:, None, None, None]
+        x_t = (1 - level) * x0 + level * draw.eps
+        velocity = trainer.networks.predict(TA, x_t, draw.t, draw.conditioning)
+        errors = velocity - (draw.eps - x0)
+        if family == "sdxl":
+            errors = x_t + (1 - level) * velocity - draw.eps
+        got = trainer._ta_output(draw).errors
+    torch.testing.assert_close(got, errors.square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
+
+
+def test_distilling_is_training_with_a_reward_that_likes_all_images_alike(folder: Path) -> None:
+    trainer = make_trainer(make_recipe("sd3", folder))
+    scramble(trainer, GENERATOR, TA)
+    (draw, _) = trainer._draw()
+
+    def gradient(reward: Any) -> list[Tensor]:
+        loss = trainer._generator_loss(draw, reward).generator.loss
+        return list(torch.autograd.grad(loss, trainer.networks.own.tensors(GENERATOR), allow_unused=True))
+
+    rewarded, without = gradient(trainer.reward), gradient(None)
+    with torch.no_grad():
+        trainer.reward.colors.zero_()  # type: ignore[attr-defined]
+    indifferent = gradient(trainer.reward)
+    pairs = list(zip(without, indifferent, rewarded, strict=True))
+    assert all(a is None or torch.allclose(a, b, rtol=1e-5, atol=1e-9) for a, b, _ in pairs)
+    assert any(a is not None and not torch.allclose(a, c, rtol=1e-2) for a, _, c in pairs)
+
+
+def test_the_probe_sees_the_ta_learn(folder: Path) -> None:
+    """The loss of the same samples before and after the steps that learned them and others."""
+    trainer = make_trainer(make_recipe("sd3", folder, steps=1, ta_ratio=8, batch=4, micro_batch=4))
+    scramble(trainer, GENERATOR)
+    row = trainer.run_epoch()
+    assert row["ta_loss_after"] < row["ta_loss_before"]
+
+
+def test_the_learning_rates_rise(folder: Path) -> None:
+    trainer = make_trainer(make_recipe("sd3", folder, steps=1, ta_ratio=1, warmup=4, lr=1e-2, ta_lr=4e-2))
+    rows = [trainer.run_epoch() for _ in range(5)]
+    assert [row["lr"] for row in rows] == pytest.approx([0.25e-2, 0.5e-2, 0.75e-2, 1e-2, 1e-2])
+    assert [row["ta_lr"] for row in rows] == pytest.approx([1e-2, 2e-2, 3e-2, 4e-2, 4e-2])
+
+
+# --- what steps depend on ---
+
+
+def test_micro_batches_do_not_change_what_is_learned(folder: Path) -> None:
+    def trained(micro_batch: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        trainer = make_trainer(make_recipe("sd3", folder, steps=1, micro_batch=micro_batch))
+        scramble(trainer, GENERATOR)
+        return trainer.tensors(), trainer.run_epoch()
+
+    (whole, row), (cut, cut_row) = trained(4), trained(1)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(cut[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+    for name in ("ta_loss", "ta_loss_before", "ta_loss_after", "generator_loss", "gap", "correction"):
+        assert cut_row[name] == pytest.approx(row[name], rel=1e-3), name
+
+
+@pytest.mark.parametrize("decode", [{"micro_batch": 2}, {"recompute": False}, {"micro_batch": 4, "recompute": False}])
+def test_how_pixels_are_made_does_not_change_gradients(folder: Path, decode: dict[str, Any]) -> None:
+    def gradient(**decode: Any) -> list[Tensor]:
+        trainer = make_trainer(make_recipe("sd3", folder, {"decode": decode}, micro_batch=4))
+        scramble(trainer, GENERATOR, TA)
+        (draw,) = trainer._draw()
+        trainer._generator_loss(draw, trainer.reward).generator.loss.backward()
+        return [t.grad for t in trainer.networks.own.tensors(GENERATOR) if t.grad is not None]
+
+    for got, expected in zip(gradient(**decode), gradient(micro_batch=1, recompute=True), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_trainer_continues_from_its_tensors_and_values(folder: Path) -> None:
+    recipe = make_recipe("sd3", folder)
+    whole = make_trainer(recipe)
+    rows = [whole.run_epoch() for _ in range(3)]
+    first = make_trainer(recipe)
+    first.run_epoch()
+    second = make_trainer(recipe)
+    for name, tensor in second.tensors().items():
+        tensor.copy_(first.tensors()[name])
+    second.set_values(first.values())
+    for expected in rows[1:]:
+        row = second.run_epoch()
+        timed = ("seconds", "samples_per_second")
+        assert {k: v for k, v in row.items() if k not in timed} == {k: v for k, v in expected.items() if k not in timed}
+    assert all(torch.equal(tensor, second.tensors()[name]) for name, tensor in whole.tensors().items())
+
+
+def test_noise_belongs_to_the_sample(folder: Path) -> None:
+    """Ranks and micro-batches cut one batch; another step, or another seed, is another batch."""
+    recipe = make_recipe("sd3", folder, batch=8, micro_batch=2)
+    backbone = load_backbone(recipe.model, "fp32", torch.device("cpu"))
+    embedded = backbone.encode_prompts(["a", "b", "c"])
+
+    def parts(recipe: Any, number: int, rank: int = 0, world: int = 1) -> list[Any]:
+        return draw_step(recipe, backbone, embedded, number, Ranks(rank, world))
+
+    whole = parts(recipe, 3)
+    spread = [draw for pair in zip(parts(recipe, 3, 0, 2), parts(recipe, 3, 1, 2), strict=True) for draw in pair]
+    for name in ("z", "eps", "t", "prompt_ids"):
+        together = torch.cat([getattr(draw, name) for draw in whole])
+        assert torch.equal(together, torch.cat([getattr(draw, name) for draw in spread])), name
+    noises = torch.cat([torch.cat([draw.z, draw.eps]) for number in (3, 4) for draw in parts(recipe, number)])
+    assert len(noises.flatten(1).unique(dim=0)) == len(noises) == 32
+    seeded = parts(make_recipe("sd3", folder, {"run": {"seed": 1}}, batch=8, micro_batch=2), 3)
+    assert not torch.equal(seeded[0].z, whole[0].z) and not torch.equal(seeded[0].t, whole[0].t)
+
+
+# --- numbers that are not finite ---
+
+
+class Broken(Redness):
+    """NaN for some prompts, or for all."""
+
+    def __init__(self, *prompts: str) -> None:
+        super().__init__()
+        self.prompts = prompts
+
+    def differentiable_scores(self, images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        scores = super().differentiable_scores(images, prompts, metadata)
+        factors = [math.nan if not self.prompts or prompt in self.prompts else 1.0 for prompt in prompts]
+        return scores * torch.tensor(factors)
+
+
+def test_a_sample_without_a_score_is_left_out_and_counted(folder: Path) -> None:
+    trainer = make_trainer(make_recipe("sd3", folder, steps=1, micro_batch=1), Broken("2 squares"))
+    row = trainer.run_epoch()
+    elements = math.prod(trainer.networks.backbone.latent_shape)
+    assert row["nonfinite"] in (elements, 2 * elements) and row["skipped_steps"] == {GENERATOR: 0, TA: 0}
+    assert row["step"] == 1 and math.isfinite(row["gap"]) and math.isfinite(row["reward"]["redness"])
+
+
+def test_steps_without_any_score_are_skipped_and_end_the_run(folder: Path) -> None:
+    trainer = make_trainer(make_recipe("sd3", folder, steps=1, max_skipped=3), Broken())
+    before = state(trainer)
+    rows = [trainer.run_epoch() for _ in range(2)]
+    assert moved(trainer, before) == {TA}
+    assert [row["skipped_steps"][GENERATOR] for row in rows] == [1, 1] and rows[1]["step"] == 0
+    with pytest.raises(NonFiniteError, match="3 optimiser steps of the generator in a row .*lower train.lr"):
+        trainer.run_epoch()
+
+
+def test_a_gradient_that_is_not_finite_is_not_stepped(folder: Path) -> None:
+    trainer = make_trainer(make_recipe("sd3", folder, steps=1, max_skipped=2))
+    with torch.no_grad():
+        trainer.networks.own.tensors(GENERATOR)[0].fill_(math.inf)
+    before = state(trainer)
+    with pytest.raises(NonFiniteError, match="2 optimiser steps of the ta in a row"):
+        trainer.run_epoch()
+    assert moved(trainer, before) == set()
+
+
+# --- families ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gradient_of_decoding(family: str, folders: dict[str, Path]) -> None:
+    """Against central differences along a direction, where no pixel is cut off."""
+    recipe = make_recipe(family, folders[family])
+    backbone = load_backbone(recipe.model, "fp32", torch.device("cpu"))
+    backbone.pipeline.vae.double()
+    x, along = (torch.randn(2, *backbone.latent_shape, dtype=torch.float64) for _ in range(2))
+    x = x.requires_grad_()
+    images = backbone.decode_with_graph(x)
+    weights = torch.randn(images.shape, dtype=torch.float64) * ((images > 0.01) & (images < 0.99))
+    assert weights.ne(0).float().mean() > 0.5
+    (slope,) = torch.autograd.grad((images * weights).sum(), x)
+    step = 1e-3
+
+    def value(side: float) -> Tensor:
+        return (backbone.decode(x.detach() + side * step * along) * weights).sum()
+
+    expected = (value(1) - value(-1)) / (2 * step)
+    torch.testing.assert_close((slope * along).sum(), expected, rtol=1e-3, atol=1e-4)
+    assert not backbone.decode(x).requires_grad
+    assert all(p.grad is None for p in backbone.pipeline.vae.parameters())
+
+
+@pytest.mark.parametrize("family", ["sd3", "z_image"])
+def test_one_step_of_a_flow_model_is_its_sampler(family: str, folders: dict[str, Path]) -> None:
+    trainer = make_trainer(make_recipe(family, folders[family]))
+    backbone = trainer.networks.backbone
+    z = initial_noise(backbone, torch.arange(3), 0)
+    with torch.no_grad(), trainer.networks.sets.rollout(backbone, BASE):
+        expected = generate(backbone, trainer.conditioning, z, steps=1)
+    with torch.no_grad():
+        got = trainer.generator.sample(GENERATOR, z, trainer.conditioning)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sdxl_starts_at_its_timestep(folders: dict[str, Path]) -> None:
+    """The noise level of share 0.399 has the ratio of timestep 399, and the U-Net is told 399."""
+    trainer = make_trainer(make_recipe("sdxl", folders["sdxl"]))
+    backbone: Any = trainer.networks.backbone
+    signal = backbone._scheduler.alphas_cumprod[399].double()
+    ratio = ((1 - signal) / signal).sqrt()
+    assert trainer.generator.sigma == pytest.approx(float(ratio / (1 + ratio)), rel=1e-5)
+    assert backbone.timestep(torch.tensor([trainer.generator.sigma])).item() == pytest.approx(399, abs=1e-2)
+    shares = torch.tensor([0.02, 0.5, 0.98])
+    assert torch.allclose(backbone.timestep(backbone.sigma_at(shares)), shares * 1000, atol=0.05)
+    assert backbone.sigma_at(torch.tensor(1.0)).item() == pytest.approx(backbone._last, rel=1e-5)
+
+
+@pytest.mark.parametrize(("family", "scale", "weight"), [("sd3", 4.0, 4.0), ("z_image", 4.0, 5.0), ("sd3", 1.0, 1.0)])
+def test_guidance_is_that_of_the_familys_pipeline(
+    family: str, scale: float, weight: float, folders: dict[str, Path]
+) -> None:
+    trainer = make_trainer(make_recipe(family, folders[family], {"algorithm": {"guidance_scale": scale}}))
+    assert trainer.config.guidance_scale == weight
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains(family: str, folders: dict[str, Path]) -> None:
+    recipe = make_recipe(family, folders[family], {"algorithm": {"curvature": 0.5, "max_correction": 1.0}}, steps=1)
+    trainer = make_trainer(recipe)
+    scramble(trainer, GENERATOR)
+    assert isinstance(trainer.damping, GaussianDamping)
+    before = state(trainer)
+    row = trainer.run_epoch()
+    assert moved(trainer, before) == {GENERATOR, TA, EMA}
+    assert row["correction"] <= row["gap"] * 1.0001 and row["nonfinite"] == 0
+
+
+# --- it learns ---
+
+
+def test_the_generator_follows_the_reward(folder: Path) -> None:
+    """Images become redder by a reward that is red, and only by it."""
+
+    def change(beta: float) -> float:
+        algorithm = {"beta": beta, "guidance_scale": 1.0, "weighting": "bounded", "late_steps": 1}
+        decode = {"micro_batch": 8, "recompute": False}
+        trainer = make_trainer(
+            make_recipe("sd3", folder, {"algorithm": algorithm, "decode": decode}, steps=12, batch=8, micro_batch=8)
+        )
+        z = initial_noise(trainer.networks.backbone, torch.arange(1 << 40, (1 << 40) + 32), 0)
+        conditioning = trainer.conditioning[torch.arange(32) % 3]
+
+        def redness() -> float:
+            with torch.no_grad():
+                images = trainer.networks.backbone.decode(trainer.generator.sample(GENERATOR, z, conditioning))
+                return trainer.reward.differentiable_scores(images, [""] * 32, [{}] * 32).mean().item()
+
+        before = redness()
+        trainer.run_epoch()
+        return redness() - before
+
+    assert change(1e-4) > 0.004 > 10 * abs(change(1e6))
+
+
+# --- wrong input ---
+
+
+def test_guidance_that_is_not_linear(tmp_path: Path) -> None:
+    from tests.pipelines import qwen_image
+
+    recipe = make_recipe("sd3", qwen_image.save(tmp_path), {"model": {"max_sequence_length": 24}})
+    with pytest.raises(ConfigError, match="qwen_image rescales its guidance.* set it to 1.0"):
+        make_trainer(recipe)
+
+
+def test_a_batch_that_cannot_be_shared_out(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="train.batch is 6, .* use a micro_batch of 1, 2, 3, 6"):
+        make_trainer(make_recipe("sd3", folder, batch=6, micro_batch=4))
+
+
+def test_a_generator_of_another_family(folders: dict[str, Path]) -> None:
+    from crd_fast.didr.networks import Networks
+
+    recipe = make_recipe("sd3", folders["sd3"], {"generator": {"path": "elsewhere"}})
+    other = make_recipe("sdxl", folders["sdxl"])
+    first, second = (load_backbone(r.model, "fp32", torch.device("cpu")) for r in (recipe, other))
+    with pytest.raises(ConfigError, match="generator.path elsewhere is sdxl .*expected the reference's, sd3"):
+        Networks.build(recipe, first, second)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("algorithm", {"beta": 0.0}, "DIDRConfig.beta"),
+        ("algorithm", {"weighting": "dmd"}, "algorithm.weighting is 'dmd'; did you mean 'dmd2'"),
+        ("algorithm", {"low": 0.5, "high": 0.5}, "expected 0 < low < high < 1"),
+        ("algorithm", {"timestep_strategy": "logitnormal"}, "did you mean 'logit_normal'"),
+        ("algorithm", {"max_correction": 0.0}, "DIDRConfig.max_correction: expected a number > 0"),
+        ("generator", {"start": 399.0}, "generator.start is 399.0: expected a share"),
+        ("train", {"ta_ratio": 0}, "train.ta_ratio is 0"),
+        ("train", {"ema": 1.0}, "train.ema is 1.0"),
+        ("train", {"parameters": "lorra"}, "did you mean 'lora'"),
+        ("decode", {"micro_batch": 0}, "decode.micro_batch is 0"),
+        ("reward", {"name": "hpsv"}, "unknown reward 'hpsv'; did you mean 'hpsv2'"),
+        ("reward", {"weight": 1}, "unknown key reward.weight"),
+        ("reward", {"options": {"modle": "x"}}, "unknown key reward.options.modle; did you mean 'model'"),
+        ("evaluation", {"suite": "shapes"}, "data.test_prompts is not"),
+    ],
+)
+def test_bad_settings(section: str, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_recipe("sd3", Path("nowhere"), {section: values})
