@@ -2,13 +2,16 @@
 
     python -m benchmarks.ocr --out benchmarks/results/ocr_cpu
 
-The images are words in three fonts on gradients with noise, 512 pixels wide. Threads read in this process, as `crd-fast
-score` does; processes beside it, as a training run does, and their start is left out. Medians of several rounds.
+The images are words in three fonts on gradients with noise, 512 pixels wide. Finding the lines takes nearly all of the
+time, and grows with the side of the image in which they are looked for (`detection_side`). Threads read in this
+process, as `crd-fast score` does; processes beside it, as a training run does, and their start is left out. Medians of
+several rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -37,16 +40,18 @@ def rate(read: Callable[[], object], count: int, rounds: int) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--sides", type=int, nargs="+", default=[512, 384], help="detection_side")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="path without suffix: .json is written")
     given = parser.parse_args(arguments)
     images, prompts = pictures(hard=True)
     metadata = [{}] * len(prompts)
     rows = []
-    for workers in given.workers:
-        settings = OcrSettings(workers=workers)
+    for workers, side in itertools.product(given.workers, given.sides):
+        settings = OcrSettings(workers=workers, detection_side=side)
         reward = OcrReward(RapidOcrReader(settings))
         threads = rate(lambda reward=reward: score_batch(reward, images, prompts, metadata), len(images), given.rounds)
+        exact = score_batch(reward, images, prompts, metadata)["ocr_exact"].sum().item()
         with Scorer({"ocr": RewardChoice(settings)}) as scorer:
 
             def read(scorer: Scorer = scorer) -> None:
@@ -54,8 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 scorer.collect()
 
             processes = rate(read, len(images), given.rounds)
-        rows.append({"workers": workers, "threads": threads, "processes": processes})
-        print(f"{workers} workers: threads {threads:.1f}, processes {processes:.1f} images a second")
+        rows.append(
+            {"workers": workers, "detection_side": side, "threads": threads, "processes": processes, "exact": exact}
+        )
+        print(
+            f"{workers} workers, detection_side {side}: threads {threads:.1f}, processes {processes:.1f} images a "
+            f"second, {exact:.0f} of {len(images)} exact",
+            flush=True,
+        )
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         result = {"environment": environment(torch.device("cpu")), "images_per_second": rows}

@@ -113,7 +113,7 @@ class OcrSettings:
     - min_side: images with a shorter side below this many pixels are enlarged (bicubic). Enlarging 64-pixel
       signs makes reading slower and not better.
     - detection_side: longest side in pixels at which lines are looked for; larger images are reduced for
-      that.
+      that. It decides the time, and how small a text is still found.
     - band: (top, bottom) as shares of the height, what "line" reads. The recogniser works at 48 pixels of
       height, so a band that fits the text tightly reads better.
     - min_confidence: lines below it are dropped.
