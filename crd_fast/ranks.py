@@ -179,6 +179,17 @@ class Ranks:
         return None if self.control is None else dist.group.WORLD
 
 
+def choose_device(wanted: str | None) -> torch.device:
+    """The wanted one, or this rank's GPU, or the CPU."""
+    if wanted is not None:
+        return torch.device(wanted)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
 def lost(ranks: Ranks, error: Exception) -> RankError:
     """What to say when a collective failed."""
     return RankError(

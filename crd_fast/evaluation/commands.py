@@ -13,10 +13,11 @@ import torch
 from crd_fast.errors import ConfigError, RewardError
 from crd_fast.evaluation import suites
 from crd_fast.evaluation.candidates import Candidate, run_candidates, run_config, trained_rewards
-from crd_fast.evaluation.evaluate import device_of, evaluate
+from crd_fast.evaluation.evaluate import evaluate
 from crd_fast.evaluation.scoring import build_options, folder_prompts, score_files, version_of
 from crd_fast.evaluation.settings import Evaluation, Settings
 from crd_fast.lora_file import find_adapter
+from crd_fast.ranks import choose_device
 from crd_fast.rewards import registry
 from crd_fast.settings import read_sections
 
@@ -65,7 +66,7 @@ def run_eval(options: argparse.Namespace) -> int:
     """Evaluate; 130 after Ctrl-C, when the same command goes on."""
     evaluation = _evaluation(options)
     try:
-        evaluate(evaluation, device_of(options.device))
+        evaluate(evaluation, choose_device(options.device))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here")
         return 130

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,17 +35,6 @@ SCORE_BATCH = 32
 TIMEOUT_MINUTES = 120.0
 # the shapes suite's names of an image's scores -> columns
 _SHAPES = {name: f"geneval/{name}" for name in ("accuracy", "strict", "soft")} | {"ocr_exact": "ocr/ocr_exact"}
-
-
-def device_of(wanted: str | None) -> torch.device:
-    """The one that is wanted, or this rank's GPU, or the CPU."""
-    if wanted is not None:
-        return torch.device(wanted)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    return device
 
 
 def evaluate(evaluation: Evaluation, device: torch.device, reporter: Reporter | None = None) -> Path:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -207,26 +206,22 @@ class Scorer:
         return Scored(scores, diagnostics, failures, busy, waited)
 
     def _wait(self, name: str, piece: _Piece, deadline: float) -> Outcome:
-        try:
-            piece.future.result(max(0.0, deadline - time.monotonic()))
-        except FutureTimeoutError as error:
+        if not wait([piece.future], max(0.0, deadline - time.monotonic())).done:
             raise RewardError(
                 f"reward {name!r} has not scored items {piece.start} to {piece.stop - 1} after {self._timeout:.0f} "
                 f"seconds, prompt {piece.prompts[0]!r}: it hangs or is too slow; give it more workers or a longer limit"
-            ) from error
-        except BrokenExecutor as error:
-            raise RewardError(
-                f"reward {name!r}: a worker process ended while it scored items {piece.start} to {piece.stop - 1}, "
-                f"prompt {piece.prompts[0]!r} ({error}): it may be out of memory; use fewer workers"
-            ) from error
-        except Exception:
-            pass  # the reward's own, which is named below
+            )
         return self._finished(name, piece)
 
     def _finished(self, name: str, piece: _Piece) -> Outcome:
         """The outcome of a piece that is done, unless it failed and that ends the run."""
         try:
             outcome = piece.future.result()
+        except BrokenExecutor as error:
+            raise RewardError(
+                f"reward {name!r}: a worker process ended while it scored items {piece.start} to {piece.stop - 1}, "
+                f"prompt {piece.prompts[0]!r} ({error}): it may be out of memory; use fewer workers"
+            ) from error
         except Exception as error:
             raise RewardError(
                 f"reward {name!r} broke at items {piece.start} to {piece.stop - 1}, prompt {piece.prompts[0]!r}: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import distributed as dist
 
 from crd_fast.errors import ConfigError, CrdFastError
 from crd_fast.progress import Reporter
-from crd_fast.ranks import RankError, Ranks, lost
+from crd_fast.ranks import RankError, Ranks, choose_device, lost
 from crd_fast.training.config import RunSettings
 from crd_fast.training.run_directory import RunDirectory
 from crd_fast.training.stop import Interrupted, StopRequest
@@ -75,17 +74,6 @@ def launch(
                 raise lost(ranks, error) from error
     finally:
         ranks.close()
-
-
-def choose_device(wanted: str | None) -> torch.device:
-    """The wanted one, or this rank's GPU, or the CPU."""
-    if wanted is not None:
-        return torch.device(wanted)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    return device
 
 
 def open_directory(settings: Launch, resume: bool, ranks: Ranks) -> RunDirectory:
