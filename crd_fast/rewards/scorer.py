@@ -20,7 +20,7 @@ from torch import Tensor
 from crd_fast.errors import RewardError
 from crd_fast.rewards import registry
 from crd_fast.rewards.base import Metadata, Reward, check_images
-from crd_fast.rewards.workers import Outcome, process_pool, score_in_process, score_outcome
+from crd_fast.rewards.workers import Outcome, end_workers, process_pool, score_in_process, score_outcome
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Scorer:
     def close(self) -> None:
         """End the workers; what they have not begun is dropped."""
         for executor in self._executors.values():
-            executor.shutdown(wait=False, cancel_futures=True)
+            end_workers(executor)
         self._executors.clear()
 
     def try_out(self, image: Tensor, prompt: str, metadata: Metadata) -> None:

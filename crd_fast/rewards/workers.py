@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,14 @@ def process_pool(name: str, options: Any, workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(name, options)
     )
+
+
+def end_workers(executor: Executor) -> None:
+    """Drop what an executor has not begun, and end its processes, whatever they hang on; threads end by themselves."""
+    processes = list((getattr(executor, "_processes", None) or {}).values())
+    executor.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.kill()  # without it, Python would wait for them as it exits
 
 
 def _start_worker(name: str, options: Any) -> None:

@@ -171,7 +171,7 @@ def test_wrong_settings_are_errors(
 
 
 def test_signs_are_read(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("rapidocr")
+    pytest.importorskip("rapidocr", reason="reading needs crd-fast[rewards]")
     words = ["eval", "--suite", "ocr", "--model", str(folder / "pipeline"), "--prompts", str(folder / "signs.txt")]
     words += ["--steps", "1", "--resolution", "64", "--max-sequence-length", "1", "--out", str(tmp_path / "out")]
     assert cli.main([*words, "--device", "cpu"]) == 0

@@ -60,7 +60,7 @@ def test_scores_come_in_the_order_of_the_metadata(folder: Path, capsys: pytest.C
 
 
 def test_ocr_reads_with_its_options(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("rapidocr")
+    pytest.importorskip("rapidocr", reason="reading needs crd-fast[rewards]")
     rng = np.random.default_rng(1)
     entry = {"tag": "text", "text": "42", "prompt": 'a sign that says "42"'}
     image = torch.from_numpy(world.render([world.sample_scene(dict(entry), rng)], rng))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 
@@ -209,6 +211,39 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_message(signs, wait) -> Non
         with pytest.raises(RewardError, match="'ocr': a worker process ended"):
             scorer.submit(images, prompts, [{}] * 5)
             scorer.collect()
+
+
+HANGS = """
+import os, signal, sys
+import torch
+from crd_fast.errors import RewardError
+from crd_fast.rewards.ocr import OcrSettings
+from crd_fast.rewards.scorer import RewardChoice, Scorer
+
+if __name__ == "__main__":
+    images, prompts = torch.full((1, 3, 64, 64), 0.5), ['a sign "42"']
+    with Scorer({"ocr": RewardChoice(OcrSettings(workers=1))}, timeout_seconds=30) as scorer:
+        scorer.submit(images, prompts, [{}])
+        scorer.collect()
+        (worker,) = scorer._executors["ocr"]._processes
+        os.kill(worker, signal.SIGSTOP)
+        scorer._timeout = 0.5
+        scorer.submit(images, prompts, [{}])
+        try:
+            scorer.collect()
+        except RewardError as error:
+            print(worker, error, flush=True)
+"""
+
+
+def test_a_worker_that_hangs_keeps_nobody_from_leaving(tmp_path) -> None:
+    script = tmp_path / "hangs.py"
+    script.write_text(HANGS)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    worker, _, message = done.stdout.partition(" ")
+    assert done.returncode == 0 and "has not scored items 0 to 0" in message, done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(worker), 0)
 
 
 def test_a_workers_function_is_the_workers_alone(signs) -> None:
