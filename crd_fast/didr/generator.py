@@ -106,6 +106,7 @@ def generator_loss_of_predictions(
     guidance_scale: float = 1.0,
     kind: str | None = None,
     weighting: str = "ikl",
+    max_correction: float | None = None,
 ) -> GeneratorOutput:
     """`generator_loss` of what the models predict: guidance and both clean estimates are made on the way.
 
@@ -125,6 +126,8 @@ def generator_loss_of_predictions(
             reference; the second is needed unless guidance_scale is 1, and is not read then.
         guidance_scale: w of the prediction u + w (c - u), see `reference_x0`.
         kind: of all three predictions, "eps", "v", "x0" or "score"; None is the schedule's own.
+        max_correction: > 0; where (sigma^2/alpha) s_r of a sample is longer than this many times its x0_ta - x0_ref, it
+            is shortened to that. None leaves it.
 
     Returns:
         `GeneratorOutput`, with metrics as in `generator_loss`.
@@ -152,9 +155,21 @@ def generator_loss_of_predictions(
         slope=slope,
         level=sigma.square() / alpha,
     )
+    if max_correction is not None:
+        if checks.require_finite_number("max_correction", max_correction) <= 0:
+            raise ValueError(f"max_correction: expected a number > 0, or None, got {max_correction!r}")
+        inputs = _shortened(inputs, max_correction)
     if (kind or schedule.kind) == "x0":  # predictions are the estimates, whatever x_t holds
         return _output(x0, inputs, alpha, sigma, weighting, x_t=None, shift=None)
     return _output(x0, inputs, alpha, sigma, weighting, x_t=x_t.detach(), shift=shift)
+
+
+@torch.no_grad()
+def _shortened(inputs: GeneratorInputs, most: float) -> GeneratorInputs:
+    """With a level at which a sample's correction is at most `most` times as long as its gap."""
+    statistics = Statistics(*ops.generator_statistics(*inputs, None, None, None))
+    length, allowed = statistics.correction.sqrt(), most * statistics.gap.sqrt()
+    return inputs._replace(level=inputs.level * torch.where(length > allowed, allowed / length, 1.0))
 
 
 def _require_unconditional(unconditional: Tensor | None, guidance_scale: float, x0: Tensor) -> Tensor:

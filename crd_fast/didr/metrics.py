@@ -36,7 +36,7 @@ class EpochLog:
         reward = torch.full_like(generator.gap, math.nan) if out.reward is None else out.reward.reward
         values = {
             "share": shares.to(generator.gap.device),
-            "loss": generator.loss.detach().expand(len(shares)),
+            "loss": out.loss.detach().expand(len(shares)),
             "gap": generator.gap,
             "correction": generator.correction,
             "nonfinite": generator.zeroed,

@@ -12,7 +12,7 @@ import yaml
 
 from crd_fast import settings
 from crd_fast.didr.reference import WEIGHTINGS
-from crd_fast.didr.stages import DIDRConfig
+from crd_fast.didr.stages import REWARDS_AT, DIDRConfig
 from crd_fast.didr.timesteps import STRATEGIES
 from crd_fast.errors import ConfigError, nearest
 from crd_fast.rewards import registry
@@ -71,7 +71,7 @@ class AlgorithmSettings:
     beta: temperature of the reward; None takes `beta_share` of the reward's standard deviation among images of one
     prompt, measured on the reference's images of `beta_prompts` prompts, `beta_images` of each.
     guidance_scale: of the reference, as the family's pipeline understands it.
-    weighting, late_steps, max_correction: as in `DIDRConfig`. split, low, high: shares of the training time range.
+    weighting, reward_at, late_steps, max_correction: as in `DIDRConfig`. split, low, high: shares of the training time range.
     curvature: kappa of the damping, 0 is none; variance: of a latent element, for the damping.
     timestep_strategy, timestep_mean, timestep_std, timestep_shift: of the times of both stages.
     """
@@ -82,6 +82,7 @@ class AlgorithmSettings:
     beta_prompts: int = 16
     beta_images: int = 8
     weighting: str = "ikl"
+    reward_at: str = "diffused"
     split: float = 0.4
     late_steps: int = 2
     max_correction: float | None = None
@@ -95,11 +96,14 @@ class AlgorithmSettings:
     high: float = 0.98
 
     def __post_init__(self) -> None:
-        if self.weighting not in WEIGHTINGS:
-            raise ConfigError(f"algorithm.weighting is {self.weighting!r}{nearest(self.weighting, WEIGHTINGS)}")
-        if self.timestep_strategy not in STRATEGIES:
-            advice = nearest(self.timestep_strategy, STRATEGIES)
-            raise ConfigError(f"algorithm.timestep_strategy is {self.timestep_strategy!r}{advice}")
+        for name, known in (
+            ("weighting", WEIGHTINGS),
+            ("reward_at", REWARDS_AT),
+            ("timestep_strategy", STRATEGIES),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(f"algorithm.{name} is {value!r}: expected one of {known}{nearest(value, known)}")
         if self.beta_prompts < 1 or self.beta_images < 2:
             raise ConfigError(
                 f"algorithm.beta_prompts {self.beta_prompts} and algorithm.beta_images {self.beta_images}: expected at "
@@ -120,6 +124,7 @@ class AlgorithmSettings:
             beta=beta,
             guidance_scale=guidance_scale,
             weighting=self.weighting,
+            reward_at=self.reward_at,
             split=split,
             late_steps=self.late_steps,
             max_correction=self.max_correction,

@@ -17,17 +17,17 @@ from torch import Tensor
 
 from crd_fast import checks
 from crd_fast.didr.diffused_reward import Damping, DiffusedReward, Reward, diffused_reward, proxy_steps
-from crd_fast.didr.generator import GeneratorOutput, generator_loss
-from crd_fast.didr.guidance import reference_x0
+from crd_fast.didr.generator import GeneratorOutput, generator_loss_of_predictions
 from crd_fast.didr.reference import WEIGHTINGS
 from crd_fast.didr.ta import TAOutput, ta_loss
 from crd_fast.errors import ConfigError, nearest
-from crd_fast.schedules import Schedule, per_sample
+from crd_fast.schedules import Schedule
 
 Generator = Callable[[Tensor], Tensor]
 """z -> clean latents (B, *latent)."""
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x_t (B, *latent), t (B,)) -> prediction (B, *latent)."""
+REWARDS_AT = ("diffused", "endpoint")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class DIDRConfig:
     beta: temperature of the reward, > 0: the optimum is the reference times exp(reward / beta).
     guidance_scale: w of the reference u + w (c - u), >= 0; 1 needs no unconditional prediction.
     weighting: "ikl", "bounded" or "dmd2", see `generator_loss`.
+    reward_at: "diffused", the method: the reward adds its diffused score to the reference's. Or "endpoint", to compare
+        with: the reward's gradient at the generator's own sample, whatever the time (Diff-Instruct++, arXiv 2410.18881:
+        minimise E[-r(x0)] / beta beside the integral of KL to the reference); the settings below are not used then.
     split, late_steps: steps of the rewarded estimate are 1 below this share of the time range and this many above, see
         `proxy_steps`.
     max_correction: where (sigma^2/alpha) s_r of a sample is longer than this many times its x0_ta - x0_ref, it is
@@ -49,6 +52,7 @@ class DIDRConfig:
     beta: float
     guidance_scale: float = 1.0
     weighting: str = "ikl"
+    reward_at: str = "diffused"
     split: float = 0.4
     late_steps: int = 2
     max_correction: float | None = None
@@ -74,18 +78,23 @@ class DIDRConfig:
         ):
             if not fine:
                 raise ConfigError(f"DIDRConfig.{name}: expected {expected}, got {getattr(self, name)!r}")
-        if self.weighting not in WEIGHTINGS:
-            raise ConfigError(
-                f"DIDRConfig.weighting: expected one of {WEIGHTINGS}, got {self.weighting!r}"
-                f"{nearest(str(self.weighting), WEIGHTINGS)}"
-            )
+        for name, value, known in (
+            ("weighting", self.weighting, WEIGHTINGS),
+            ("reward_at", self.reward_at, REWARDS_AT),
+        ):
+            if value not in known:
+                raise ConfigError(
+                    f"DIDRConfig.{name}: expected one of {known}, got {value!r}{nearest(str(value), known)}"
+                )
 
 
 @dataclass(frozen=True)
 class StageTwoOutput:
-    """generator: the loss and its metrics. reward: of the reference's estimates, with the score, None without a reward.
-    x0 (B, *latent): the generator's samples, detached."""
+    """loss: scalar; it carries the graph, everything else is detached. generator: the divergence's part of it, with its
+    metrics. reward: with its score, of the reference's estimates, or of x0 for "endpoint"; None without a reward.
+    x0 (B, *latent): the generator's samples."""
 
+    loss: Tensor
     generator: GeneratorOutput
     reward: DiffusedReward | None
     x0: Tensor
@@ -161,44 +170,47 @@ def stage_two(
     t = t.to(x0.device)
     with torch.no_grad():
         x_t = schedule.add_noise(x0, eps, t)
-        x0_ta = schedule.to_x0(ta(x_t, t), x_t, t)
+        ta_prediction = ta(x_t, t)
+        other = unconditional(x_t, t) if unconditional is not None and config.guidance_scale != 1.0 else None
+    predictions: list[Tensor] = []
 
     def denoise(x: Tensor, now: Tensor) -> Tensor:
-        return schedule.to_x0(reference(x, now), x, now)
+        predicted = reference(x, now)
+        predictions.append(predicted.detach())
+        return schedule.to_x0(predicted, x, now)
 
+    diffused = reward if config.reward_at == "diffused" else None
     rewarded = None
-    if reward is not None:
+    if diffused is not None:
         rewarded = diffused_reward(
-            x_t, t, denoise, reward, beta=config.beta, schedule=schedule, steps=steps, damping=damping
+            x_t, t, denoise, diffused, beta=config.beta, schedule=schedule, steps=steps, damping=damping
         )
-        conditional, score = rewarded.first_x0, rewarded.score
+        score = rewarded.score
     else:
         with torch.no_grad():
-            conditional = denoise(x_t, t)
-        score = torch.zeros_like(conditional)
-    other = None
-    if unconditional is not None and config.guidance_scale != 1.0:
-        with torch.no_grad():
-            other = schedule.to_x0(unconditional(x_t, t), x_t, t)
-    x0_ref = reference_x0(
-        conditional,
+            predictions.append(reference(x_t, t))
+        score = torch.zeros_like(x0)
+    out = generator_loss_of_predictions(
+        x0,
         x_t,
         t,
+        ta_prediction,
+        predictions[0],
+        score,
         schedule=schedule,
         unconditional=other,
         guidance_scale=config.guidance_scale,
-        kind="x0",
+        weighting=config.weighting,
+        max_correction=config.max_correction,
     )
-    if rewarded is not None and config.max_correction is not None:
-        score = _shortened(score, x0_ta - x0_ref, t, schedule, config.max_correction)
-    loss = generator_loss(x0, x_t, t, x0_ta, x0_ref, score, schedule=schedule, weighting=config.weighting)
-    return StageTwoOutput(generator=loss, reward=rewarded, x0=x0.detach())
+    loss = out.loss
+    if reward is not None and diffused is None:
+        rewarded = diffused_reward(x0.detach(), t, lambda x, _: x, reward, beta=config.beta, schedule=schedule)
+        loss = loss + _endpoint_loss(x0, rewarded, config.beta)
+    return StageTwoOutput(loss=loss, generator=out, reward=rewarded, x0=x0.detach())
 
 
-def _shortened(score: Tensor, gap: Tensor, t: Tensor, schedule: Schedule, most: float) -> Tensor:
-    """The score of each sample, scaled down to where (sigma^2/alpha) score is at most `most` times as long as gap."""
-    alpha, sigma = schedule.levels(t, score.dtype)
-    length = sigma.square() / alpha * score.flatten(1).norm(dim=1)  # (B,)
-    allowed = most * gap.to(score.dtype).flatten(1).norm(dim=1)
-    factor = torch.where(length > allowed, allowed / length, 1.0)
-    return per_sample(factor, score) * score
+def _endpoint_loss(x0: Tensor, rewarded: DiffusedReward, beta: float) -> Tensor:
+    """-r(x0) / beta, mean over samples and elements as the divergence's loss is; only x0 gets a gradient."""
+    pull = rewarded.score * (x0 - x0.detach())  # zero, with the score as its slope
+    return -(pull.sum() + rewarded.reward.sum() / beta) / x0.numel()

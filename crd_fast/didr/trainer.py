@@ -205,7 +205,7 @@ class DIDRTrainer:
             self.stop.check(self.ranks)
             with self.phases.timed("stage_two"):
                 out = self._generator_loss(draw, reward)
-                self._backward(GENERATOR, out.generator.loss, last=number + 1 == len(draws))
+                self._backward(GENERATOR, out.loss, last=number + 1 == len(draws))
             usable += out.x0.numel() - out.generator.zeroed.sum()
             log.add(draw.shares, out)
         if not self.ranks.any(int(usable) > 0):  # every element was replaced: its zeros are no direction

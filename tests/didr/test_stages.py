@@ -99,12 +99,13 @@ def test_stage_one_moves_the_ta_and_nothing_else(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 @pytest.mark.parametrize("weighting", ["ikl", "bounded", "dmd2"])
-def test_stage_two_moves_the_generator_and_nothing_else(schedule, weighting):
+@pytest.mark.parametrize("reward_at", ["diffused", "endpoint"])
+def test_stage_two_moves_the_generator_and_nothing_else(schedule, weighting, reward_at):
     networks, z, eps, t = world(schedule)
     before = copy.deepcopy(networks)
-    config = DIDRConfig(beta=0.5, guidance_scale=4.0, weighting=weighting)
+    config = DIDRConfig(beta=0.5, guidance_scale=4.0, weighting=weighting, reward_at=reward_at)
     out = stage_two(**networks, z=z, eps=eps, t=t, schedule=schedule, config=config)
-    step(networks, out.generator.loss)
+    step(networks, out.loss)
     assert changed(networks, before) == {"generator"}
     others = ("ta", "reference", "unconditional", "reward")
     assert all(p.grad is None for name in others for p in networks[name].parameters())
@@ -138,11 +139,46 @@ def test_stages_are_their_parts(schedule, guidance_scale):
     )  # fmt: skip
     want = generator_loss(x0, x_t, t, x0_ta, x0_ref, s_r, schedule=schedule)
     torch.testing.assert_close(two.reward.score, s_r, rtol=0, atol=0)
-    torch.testing.assert_close(two.generator.loss, want.loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(two.loss, want.loss, rtol=1e-4, atol=0)
     assert torch.equal(two.x0, x0.detach()) and not two.x0.requires_grad
-    (grad,) = torch.autograd.grad(two.generator.loss, generator.layers[0].weight)
+    (grad,) = torch.autograd.grad(two.loss, generator.layers[0].weight)
     (want_grad,) = torch.autograd.grad(want.loss, generator.layers[0].weight)
     torch.testing.assert_close(grad, want_grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_long_correction_is_shortened_to_a_share_of_the_gap():
+    networks, z, eps, t = world(FLOW)
+    plain, limited = (
+        stage_two(
+            **networks,
+            z=z,
+            eps=eps,
+            t=t,
+            schedule=FLOW,
+            config=DIDRConfig(beta=1.0, guidance_scale=4.0, max_correction=most),
+        ).generator
+        for most in (None, 0.5)
+    )
+    long = plain.correction > 0.5 * plain.gap
+    assert 0 < long.sum() < len(long)
+    torch.testing.assert_close(limited.correction, torch.where(long, 0.5 * plain.gap, plain.correction))
+    assert torch.equal(limited.gap, plain.gap)
+
+
+def test_endpoint_reward_is_the_divergence_and_the_rewards_own_gradient():
+    networks, z, eps, t = world(FLOW)
+    generator, reward = networks["generator"], networks["reward"]
+    weight = generator.layers[0].weight
+    config = DIDRConfig(beta=0.5, guidance_scale=4.0, weighting="bounded", reward_at="endpoint")
+    out = stage_two(**networks, z=z, eps=eps, t=t, schedule=FLOW, config=config)
+    distilled = stage_two(**networks | {"reward": None}, z=z, eps=eps, t=t, schedule=FLOW, config=config)
+    x0 = generator(z)
+    want = distilled.loss - reward(x0).sum() / 0.5 / x0.numel()
+    torch.testing.assert_close(out.loss, want)
+    (grad,), (want_grad,) = torch.autograd.grad(out.loss, weight), torch.autograd.grad(want, weight)
+    torch.testing.assert_close(grad, want_grad)
+    assert torch.equal(out.reward.reward, reward(x0).detach()) and torch.equal(out.reward.x0, x0.detach())
+    assert torch.equal(out.generator.correction, torch.zeros(6))
 
 
 def test_calls_of_each_network():
@@ -178,6 +214,8 @@ def test_guidance_without_an_unconditional_prediction():
         ({"split": 1.5}, "DIDRConfig.split: expected a share"),
         ({"late_steps": 0}, "DIDRConfig.late_steps: expected an int >= 1"),
         ({"late_steps": 2.0}, "DIDRConfig.late_steps: expected an int >= 1"),
+        ({"reward_at": "end"}, "DIDRConfig.reward_at: expected one of .*did you mean 'endpoint'"),
+        ({"max_correction": 0.0}, "DIDRConfig.max_correction: expected a number > 0, or None"),
         ({"weighting": "iklq"}, "DIDRConfig.weighting: expected one of .*did you mean 'ikl'"),
     ],
 )
@@ -233,7 +271,7 @@ def test_alternating_stages_reach_the_tilted_mixture():
         out = stage_two(
             generator, ta, mixture_velocity, lambda x0: SLOPE * x0[:, 1], *draw(), schedule=FLOW, config=config
         )
-        out.generator.loss.backward()
+        out.loss.backward()
         nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
         adam[generator].step()
         for network, optimizer in adam.items():
