@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -196,6 +197,21 @@ class Backbone(ABC):
     def frames(self) -> int | None:
         """Frames of a decoded video; None for images."""
         return None
+
+    def with_model(self, folder: str) -> Backbone:
+        """The same pipeline around another velocity model: one that was saved alone, as full fine-tuning saves it.
+
+        Raises ConfigError when the folder holds no model of this kind.
+        """
+        model_class: Any = type(self.transformer)
+        try:
+            model = model_class.from_pretrained(folder, torch_dtype=self.dtype)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{folder} could not be loaded as a {model_class.__name__}: {error}") from error
+        other = copy.copy(self)
+        other.transformer = model.to(self.device).eval().requires_grad_(False)
+        other.config = other.transformer.config
+        return other
 
     # --- adapters ---
 

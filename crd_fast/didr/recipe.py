@@ -49,8 +49,9 @@ class RewardSettings:
 class GeneratorSettings:
     """The one-step generator x0 = x_t - sigma v(x_t), x_t unit Gaussian noise as the model reads it.
 
-    path: pipeline folder or hub id whose model it starts from and is fine-tuned from; None is model.path, the
-    reference's. lora: an adapter it starts from besides, of the rank in `lora`.
+    path: pipeline folder or hub id whose model it starts from and is fine-tuned from, or the folder of a model alone,
+    as a run with train.parameters=full leaves in `transformer`; None is model.path, the reference's. lora: an adapter
+    it starts from besides, of the rank in `lora`.
     start: where it starts, as a share in (0, 1] of the training time range: 1 is pure noise of a flow model, 0.399
     timestep 399 of SDXL's 1000.
     """
@@ -71,7 +72,8 @@ class AlgorithmSettings:
     beta: temperature of the reward; None takes `beta_share` of the reward's standard deviation among images of one
     prompt, measured on the reference's images of `beta_prompts` prompts, `beta_images` of each.
     guidance_scale: of the reference, as the family's pipeline understands it.
-    weighting, reward_at, late_steps, max_correction: as in `DIDRConfig`. split, low, high: shares of the training time range.
+    weighting, reward_at, late_steps, max_correction: as in `DIDRConfig`. split, low, high: shares of the training time
+    range.
     curvature: kappa of the damping, 0 is none; variance: of a latent element, for the damping.
     timestep_strategy, timestep_mean, timestep_std, timestep_shift: of the times of both stages.
     """

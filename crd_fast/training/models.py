@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,21 @@ def load_backbone(settings: ModelSettings, dtype: str, device: torch.device) -> 
         distilled_guidance=settings.distilled_guidance,
     )
     return backbones.load(settings.path, settings.family, options)
+
+
+def load_generator(path: str, reference: Backbone, settings: ModelSettings, dtype: str) -> Backbone:
+    """A model that takes the reference's place: another pipeline's, or one that was saved without its pipeline.
+
+    path: pipeline folder, hub id, or folder of a model alone such as a run of full fine-tuning leaves. settings, dtype:
+    of the reference. Raises ConfigError as `load_backbone` does.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+        return reference.with_model(str(folder))
+    loaded = load_backbone(replace(settings, path=path), dtype, reference.device)
+    loaded.release_text_encoders()
+    loaded.pipeline.vae = None
+    return loaded
 
 
 def embed_prompts(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import crd_fast
-from benchmarks import gpu_suite, learning_curves, measure, public_step, registry, tables
+from benchmarks import gpu_suite, kernel_checks, learning_curves, measure, public_step, registry, tables
 
 CPU = torch.device("cpu")
 
@@ -60,11 +60,18 @@ def test_without_a_gpu_the_suite_says_so(capsys: pytest.CaptureFixture[str], mon
     assert "--dry-run" in capsys.readouterr().err
 
 
-def test_a_kernel_that_is_off_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu_suite.ops.residual_grad
-    monkeypatch.setattr(gpu_suite.ops, "residual_grad", lambda *arguments: 1.001 * right(*arguments))
-    wrong = gpu_suite.check_kernels(CPU, [(2, 63)])
-    assert wrong and all(line.startswith("gradient") for line in wrong)
+@pytest.mark.parametrize(
+    ("module", "operation", "reported"),
+    [("ops", "residual_grad", "gradient "), ("didr_ops", "generator_gradient", "generator gradient ")],
+)
+def test_a_kernel_that_is_off_is_reported(
+    module: str, operation: str, reported: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = getattr(kernel_checks, module)
+    right = getattr(ops, operation)
+    monkeypatch.setattr(ops, operation, lambda *arguments: 1.001 * right(*arguments))
+    wrong = kernel_checks.check_kernels(CPU, [(2, 63)])
+    assert wrong and all(line.startswith(reported) for line in wrong)
 
 
 def test_no_number_without_a_passing_check(
