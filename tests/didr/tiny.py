@@ -16,7 +16,7 @@ from crd_fast.didr.networks import Networks
 from crd_fast.didr.recipe import DIDRRecipe, build_recipe
 from crd_fast.didr.trainer import DIDRTrainer
 from crd_fast.ranks import Ranks
-from crd_fast.training.models import load_backbone
+from crd_fast.training.models import load_backbone, load_generator
 from crd_fast.training.stop import StopRequest
 from tests import pipelines
 from tests.rewards.clip_models import save_clip
@@ -77,11 +77,12 @@ def make_recipe(family: str, folder: Path, sections: dict[str, Any] | None = Non
     return build_recipe(tree, "tiny")
 
 
-def make_trainer(recipe: DIDRRecipe, reward: Any = None, origin: bool = False) -> DIDRTrainer:
-    """origin: the generator has a model of its own, here the reference's once more."""
-    device = torch.device("cpu")
-    backbone = load_backbone(recipe.model, "fp32", device)
-    networks = Networks.build(recipe, backbone, load_backbone(recipe.model, "fp32", device) if origin else None)
+def make_trainer(recipe: DIDRRecipe, reward: Any = None, origin: bool | str = False) -> DIDRTrainer:
+    """origin: the generator has a model of its own: the reference's once more, or the one at this path."""
+    backbone = load_backbone(recipe.model, "fp32", torch.device("cpu"))
+    path = origin if isinstance(origin, str) else recipe.model.path
+    own = load_generator(path, backbone, recipe.model, "fp32") if origin else None
+    networks = Networks.build(recipe, backbone, own)
     embedded = backbone.encode_prompts(["", *PROMPTS])
     prompts = PromptSet(PROMPTS, tuple({} for _ in PROMPTS), "tiny")
     return DIDRTrainer(
