@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     didr.add_argument("recipe", help="YAML file, such as recipes/shapes_didr.yaml")
     didr.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.lr=1e-5 algorithm.beta=0.1")
     didr.add_argument("--resume", action="store_true", help="continue from the last whole checkpoint")
+    didr.add_argument("--beta", nargs="+", metavar="NUMBER", help="a sweep: one run for each algorithm.beta")
+    didr.add_argument("--reward-at", nargs="+", metavar="WAY", help="and for each algorithm.reward_at, with --beta")
     didr.set_defaults(run=_didr)
 
     sample = commands.add_parser("sample", help="PNGs from a model, with a trained LoRA or without")
@@ -158,6 +160,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _didr(options: argparse.Namespace) -> int:
+    if options.beta is not None or options.reward_at is not None:
+        return _didr_sweep(options)
     from crd_fast.didr.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
@@ -167,6 +171,22 @@ def _didr(options: argparse.Namespace) -> int:
 
     try:
         run(recipe, resume=options.resume)
+    except Interrupted:
+        return 0
+    return 0
+
+
+def _didr_sweep(options: argparse.Namespace) -> int:
+    if options.beta is None:
+        raise ConfigError("--reward-at belongs to a sweep, with --beta; for one run use algorithm.reward_at=...")
+    _need_training_extra()
+    from crd_fast.didr.sweep import read_betas, read_values, sweep
+    from crd_fast.training.stop import Interrupted
+
+    betas = read_betas(read_values(options.beta, options.overrides, "--beta"))
+    rewards_at = read_values(options.reward_at, options.overrides, "--reward-at") if options.reward_at else []
+    try:
+        sweep(options.recipe, options.overrides, betas, rewards_at, resume=options.resume)
     except Interrupted:
         return 0
     return 0

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from crd_fast.backbones.base import Backbone
-from crd_fast.data.prompts import assert_disjoint, load_prompts, shuffled_slice
+from crd_fast.data.prompts import PromptSet, assert_disjoint, load_prompts, shuffled_slice
 from crd_fast.didr.networks import EMA, GENERATOR, Networks, OneStep
 from crd_fast.didr.pictures import Advance, Painter
 from crd_fast.didr.recipe import DIDRRecipe, dump_recipe
+from crd_fast.didr.report import write_report
+from crd_fast.didr.report_files import SWEEP
 from crd_fast.didr.trainer import DIDRTrainer
-from crd_fast.errors import ConfigError
+from crd_fast.errors import ConfigError, DataError
 from crd_fast.evaluation import shapes_suite
 from crd_fast.progress import Reporter
 from crd_fast.rewards import registry
@@ -25,7 +26,8 @@ from crd_fast.training.checkpoint import CheckpointStore
 from crd_fast.training.launch import Launch, Session, launch
 from crd_fast.training.loop import EpochLoop, LoopSettings
 from crd_fast.training.memory import keep_freed_memory, peak_gigabytes
-from crd_fast.training.models import embed_prompts, load_backbone
+from crd_fast.training.models import embed_prompts, load_backbone, load_generator
+from crd_fast.training.run_directory import RunDirectory
 from crd_fast.training.summary import kept_indices, read_sides, write_sample_index, write_timing
 from crd_fast.whole_files import write_json, write_text
 
@@ -40,16 +42,31 @@ def run(recipe: DIDRRecipe, *, resume: bool = False, reporter: Reporter | None =
     Raises CrdFastError for anything the user can mend, and Interrupted after a signal, when the run has
     saved a checkpoint from which `resume` continues.
     """
-    settings = Launch(
+    return launch(launch_settings(recipe), lambda session: work(recipe, session), resume=resume, reporter=reporter)
+
+
+def launch_settings(recipe: DIDRRecipe) -> Launch:
+    """What `launch` has to know of a recipe."""
+    return Launch(
         name=recipe.name,
         run=recipe.run,
         dumped=dump_recipe(recipe),
         timeout_minutes=recipe.train.timeout_minutes,
         less_memory=f"train.micro_batch ({recipe.train.micro_batch}) or decode.micro_batch "
         f"({recipe.decode.micro_batch}), or set decode.recompute and acceleration.recompute",
-        check_resumed=recipe.check_resumed,
+        check_resumed=lambda directory: _check_resumed(recipe, directory),
     )
-    return launch(settings, lambda session: _Job(recipe, session).run(), resume=resume, reporter=reporter)
+
+
+def work(recipe: DIDRRecipe, session: Session) -> Path:
+    """A recipe to its summary and report in a session that has begun; returns the run directory."""
+    return _Job(recipe, session).run()
+
+
+def _check_resumed(recipe: DIDRRecipe, directory: RunDirectory) -> None:
+    if (directory / SWEEP).exists():
+        raise ConfigError(f"--resume: {directory.path} holds a sweep, not a run: continue it with --beta")
+    recipe.check_resumed(directory)
 
 
 class _Job:
@@ -59,22 +76,20 @@ class _Job:
         recipe.train.micro_batches(self.ranks.world)
         self.reward = _differentiable(recipe)
         self.prompts = load_prompts(recipe.data.prompts)
-        self.prompts.require(self.reward.requires)
+        requires = frozenset() if self.reward is None else self.reward.requires
+        self.prompts.require(requires)
         self.test_prompts = load_prompts(recipe.data.test_prompts) if recipe.data.test_prompts else None
         if self.test_prompts is not None:
             assert_disjoint(self.prompts, self.test_prompts)
             if recipe.evaluation.suite is None:
-                self.test_prompts.require(self.reward.requires)
+                self.test_prompts.require(requires)
         with self.ranks.together("loading the model"):
             backbone = load_backbone(recipe.model, recipe.precision.dtype, session.device)
             if backbone.frames is not None:
                 raise ConfigError(f"model.path {recipe.model.path} makes videos: rewards with gradients see images")
             origin = None
             if recipe.generator.path is not None:
-                own = replace(recipe.model, path=recipe.generator.path)
-                origin = load_backbone(own, recipe.precision.dtype, session.device)
-                origin.release_text_encoders()
-                origin.pipeline.vae = None
+                origin = load_generator(recipe.generator.path, backbone, recipe.model, recipe.precision.dtype)
         if session.device.type == "cpu":
             keep_freed_memory()
         if recipe.decode.recompute:
@@ -109,13 +124,18 @@ class _Job:
 
     def _try_reward(self, backbone: Backbone) -> None:
         """What a reward lacks is better said now than after the TA has warmed up."""
+        if self.reward is None:
+            return
         decoded = backbone.decode(torch.zeros(1, *backbone.latent_shape, device=self.session.device))
         shades = torch.linspace(0.1, 0.9, decoded.shape[-1], device=decoded.device).expand(decoded.shape)
         self.reward.differentiable_scores(shades, self.prompts.prompts[:1], self.prompts.metadata[:1])
 
     def _beta(self, painter: Painter) -> float:
-        """The recipe's, or what an earlier start of this run has measured, or what is measured now."""
+        """The recipe's, or what an earlier start of this run has measured, or what is measured now; 1 without a reward,
+        which it then weighs nothing."""
         algorithm, file = self.recipe.algorithm, self.directory / "beta.json"
+        if self.reward is None:
+            return 1.0
         if algorithm.beta is not None:
             return algorithm.beta
         if self.ranks.tell(file.exists()):
@@ -124,9 +144,7 @@ class _Job:
         ids = chosen.repeat_interleave(algorithm.beta_images).tolist()
         images = self._paint("measuring beta", ids, painter.many_steps)
         with self.ranks.together("measuring beta"):
-            prompts = [self.prompts.prompts[i] for i in ids]
-            metadata = [self.prompts.metadata[i] for i in ids]
-            scores = score_batch(self.reward, images, prompts, metadata)[self.reward.name]
+            scores = self._rewards(self.prompts, images, ids)
             deviation = scores.view(-1, algorithm.beta_images).std(1).mean().item()
             beta = algorithm.beta_share * deviation
             if beta == 0:
@@ -167,6 +185,7 @@ class _Job:
             self.report.say(
                 f"trained {self.trainer.epoch} epochs in {minutes:.1f} minutes, peak {peak_gigabytes():.1f} GB"
             )
+            self.report.say(f"report {write_report(self.directory.path)}")
         self.ranks.wait()
         return self.directory.path
 
@@ -199,6 +218,7 @@ class _Job:
         scored = self._score(images, ids)
         self.directory.save_images(side, images, self._kept(len(ids)))
         write_json(file, scored)
+        write_sample_index(self.directory, self.shown, self._kept(len(ids)), read_sides(self.directory))
         numbers = {name: value for name, value in scored["summary"].items() if isinstance(value, float)}
         self.report.say(f"{side}: " + "  ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
 
@@ -213,16 +233,38 @@ class _Job:
         return paint(ids, advance)
 
     def _score(self, images: torch.Tensor, ids: list[int]) -> dict[str, Any]:
-        """What is written of a side: a summary, and of every image its prompt and whether it passed, or its score."""
+        """What is written of a side: a summary, and of every image its prompt and whether it passed, or its score.
+
+        With a suite, the summary has the training reward's mean too, of the images whose prompts it can score.
+        """
         settings = self.recipe.evaluation
         if settings.suite is not None:
             found = shapes_suite.score(images, self.shown, images=settings.images, seed=self.recipe.run.seed)
+            able = [i for i, prompt_id in enumerate(ids) if self._can_score(prompt_id)]
+            if self.reward is not None and able:
+                rewards = self._rewards(self.shown, images[able], [ids[i] for i in able])
+                found.summary[self.reward.name] = rewards.mean().item()
             return {"summary": found.summary, "passed": found.passed, "prompt_ids": found.prompt_ids}
-        prompts = [self.shown.prompts[i] for i in ids]
-        metadata = [self.shown.metadata[i] for i in ids]
-        scores = score_batch(self.reward, images, prompts, metadata)[self.reward.name]
+        if self.reward is None:
+            return {"summary": {"n": len(ids)}, "passed": [None] * len(ids), "prompt_ids": ids}
+        scores = self._rewards(self.shown, images, ids)
         summary = {"n": len(ids), self.reward.name: scores.mean().item()}
         return {"summary": summary, "passed": scores.tolist(), "prompt_ids": ids}
+
+    def _can_score(self, prompt_id: int) -> bool:
+        """Whether a prompt has what the training reward requires; a suite's signs have no shapes to judge."""
+        one = PromptSet((self.shown.prompts[prompt_id],), (self.shown.metadata[prompt_id],), self.shown.name)
+        try:
+            one.require(frozenset() if self.reward is None else self.reward.requires)
+        except DataError:
+            return False
+        return True
+
+    def _rewards(self, prompts: PromptSet, images: torch.Tensor, ids: list[int]) -> torch.Tensor:
+        """The training reward (N,) of images (N, 3, H, W) of these prompts."""
+        assert self.reward is not None
+        texts, metadata = [prompts.prompts[i] for i in ids], [prompts.metadata[i] for i in ids]
+        return score_batch(self.reward, images, texts, metadata)[self.reward.name]
 
     def _kept(self, count: int) -> list[int]:
         settings = self.recipe.evaluation
@@ -242,8 +284,6 @@ class _Job:
             **{side: kept["summary"] for side, kept in sides.items()},
         }
         write_json(self.directory / "summary.json", summary)
-        kept = self._kept(len(sides["after"]["prompt_ids"]))
-        write_sample_index(self.directory, self.shown, kept, sides["before"], sides["after"])
         return write_timing(self.directory)
 
 
@@ -257,8 +297,10 @@ def epoch_note(row: dict[str, Any]) -> str:
     return "  ".join([*parts, f"{row['samples_per_second']:.1f} samples/s"])
 
 
-def _differentiable(recipe: DIDRRecipe) -> DifferentiableReward:
-    """The recipe's reward. Raises ConfigError when it has no gradient."""
+def _differentiable(recipe: DIDRRecipe) -> DifferentiableReward | None:
+    """The recipe's reward, if it has one. Raises ConfigError when it has no gradient."""
+    if recipe.reward is None:
+        return None
     reward = registry.build(recipe.reward.name, recipe.reward.options)
     if not reward.differentiable or not isinstance(reward, DifferentiableReward):
         raise ConfigError(

@@ -256,12 +256,13 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class DIDRRecipe:
-    """A whole run. `name` is the recipe file's; `model` is the reference and the TA."""
+    """A whole run. `name` is the recipe file's; `model` is the reference and the TA. Without a reward the generator
+    learns the reference as it is: distillation."""
 
     name: str
     model: ModelSettings
     data: DataSettings
-    reward: RewardSettings
+    reward: RewardSettings | None
     algorithm: AlgorithmSettings
     generator: GeneratorSettings = GeneratorSettings()
     lora: LoraSettings = LoraSettings()
@@ -304,7 +305,8 @@ def build_recipe(tree: Mapping[str, Any], name: str) -> DIDRRecipe:
 def dump_recipe(recipe: DIDRRecipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal one."""
     tree = dataclasses.asdict(recipe)
-    tree["reward"] = {"name": recipe.reward.name, "options": settings.without_defaults(recipe.reward.options)}
+    if recipe.reward is not None:
+        tree["reward"] = {"name": recipe.reward.name, "options": settings.without_defaults(recipe.reward.options)}
     del tree["name"]
     return yaml.safe_dump(settings.plain(tree), sort_keys=False)
 

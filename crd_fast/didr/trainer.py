@@ -46,8 +46,8 @@ FLOW = RectifiedFlow()
 class DIDRTrainer:
     """Everything a run carries from epoch to epoch, on one rank.
 
-    conditioning: embeddings of all prompts, row by row; unconditional: of one empty prompt. beta: the reward's
-    temperature, which the recipe may leave to be measured.
+    conditioning: embeddings of all prompts, row by row; unconditional: of one empty prompt. reward: None distils the
+    reference as it is. beta: the reward's temperature, which the recipe may leave to be measured.
 
     Raises ConfigError when a step does not divide into micro-batches over the ranks, or for guidance that the family
     does not have or combines in another way than u + w (c - u).
@@ -60,7 +60,7 @@ class DIDRTrainer:
         prompts: PromptSet,
         conditioning: Conditioning,
         unconditional: Conditioning,
-        reward: DifferentiableReward,
+        reward: DifferentiableReward | None,
         beta: float,
         stop: StopRequest,
         ranks: Ranks,
@@ -141,7 +141,7 @@ class DIDRTrainer:
             "iteration": self.iteration,
             "step": self.optimizers[GENERATOR].steps,
             "ta_step": self.optimizers[TA].steps,
-            **log.row(self.ranks, self.reward.name),
+            **log.row(self.ranks, "" if self.reward is None else self.reward.name),
             "lr": self.optimizers[GENERATOR].lr,
             "ta_lr": self.optimizers[TA].lr,
             **self._compiled(),

@@ -280,7 +280,7 @@ def line_chart(series: Sequence[Series], *, domain: tuple[float, float] | None =
     ticks = nice_ticks(low, high)
     parts = [
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(t):.1f}" y2="{py(t):.1f}"/>'
-        f'<text x="{LEFT - 7}" y="{py(t) + 4:.1f}" text-anchor="end">{_tick(t, ticks)}</text>'
+        f'<text x="{LEFT - 7}" y="{py(t) + 4:.1f}" text-anchor="end">{tick_label(t, ticks)}</text>'
         for t in ticks
     ]
     x_ticks = [t for t in nice_ticks(x_low, x_high, 5) if t == int(t)]
@@ -295,13 +295,20 @@ def line_chart(series: Sequence[Series], *, domain: tuple[float, float] | None =
 
 
 def interval_bars(before: Mapping[str, object] | None, after: Mapping[str, object] | None) -> str:
-    """Two rows on a 0 to 1 track: the 95 % interval as a bar and the mean as a dot, before above after.
+    """Two rows of `interval_rows`, before above after."""
+    return interval_rows({"before": before, "after": after})
 
-    Coordinates are percentages, so the drawing fills whatever cell it stands in without scaling its strokes.
+
+def interval_rows(entries: Mapping[str, Mapping[str, object] | None]) -> str:
+    """Rows on a 0 to 1 track: the 95 % interval as a bar and the mean as a dot, the first entry on top.
+
+    entries: by the name of a CSS colour, such as "before". Coordinates are percentages, so the drawing fills whatever
+    cell it stands in without scaling its strokes.
     """
-    parts = [f'<line class="grid" x1="{x}%" x2="{x}%" y1="0" y2="26"/>' for x in (0, 25, 50, 75, 100)]
-    for y, role, side in ((8, "before", before), (18, "after", after)):
-        mean = finite((side or {}).get("mean"))
+    height = 6 + 10 * len(entries)
+    parts = [f'<line class="grid" x1="{x}%" x2="{x}%" y1="0" y2="{height}"/>' for x in (0, 25, 50, 75, 100)]
+    for row, (role, side) in enumerate(entries.items()):
+        y, mean = 8 + 10 * row, finite((side or {}).get("mean"))
         if mean is None:
             continue
         low, high = finite((side or {}).get("low")), finite((side or {}).get("high"))
@@ -314,7 +321,7 @@ def interval_bars(before: Mapping[str, object] | None, after: Mapping[str, objec
         parts.append(
             f'<circle cx="{at}" cy="{y}" r="4" style="fill:{colour}"><title>{role} {score(mean)}</title></circle>'
         )
-    return f'<svg class="track" width="100%" height="26" aria-hidden="true">{"".join(parts)}</svg>'
+    return f'<svg class="track" width="100%" height="{height}" aria-hidden="true">{"".join(parts)}</svg>'
 
 
 def share_bar(parts: Mapping[str, float], unit: str = "s") -> str:
@@ -387,7 +394,7 @@ def _reach(s: Series) -> list[tuple[float, float]]:
     return [(y - d, y + d) for y, d in points if y is not None]
 
 
-def _tick(value: float, ticks: Sequence[float]) -> str:
+def tick_label(value: float, ticks: Sequence[float]) -> str:
     """A tick label with as many decimals as the step between ticks needs."""
     step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else abs(value) or 1.0
     top = max(abs(t) for t in ticks)

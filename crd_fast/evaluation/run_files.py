@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,13 @@ from crd_fast.evaluation.plots import finite
 
 Row = dict[str, Any]
 
-_MAPPINGS = ("reward", "reward_std", "reward_diagnostics", "seconds")  # metrics that are objects of numbers
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a row of metrics.jsonl must have: numbers, and metrics that are objects of numbers where they are there."""
+
+    numbers: tuple[str, ...] = ("epoch",)
+    mappings: tuple[str, ...] = ("reward", "reward_std", "reward_diagnostics", "seconds")
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Run:
         return self.summary.get(name) or {}
 
 
-def read_run(run_dir: Path) -> Run:
+def read_run(run_dir: Path, metrics: Metrics = Metrics()) -> Run:
     """Read and check the files of a run directory; raises DataError as `write_report` does."""
     if not run_dir.is_dir():
         raise DataError(f"{run_dir} is not a directory: give the run directory a training run wrote")
@@ -48,10 +54,10 @@ def read_run(run_dir: Path) -> Run:
     run = Run(
         directory=run_dir,
         config=config.read_text(encoding="utf-8") if config.is_file() else None,
-        epochs=_read_lines(run_dir / "metrics.jsonl", required=("epoch",)),
+        epochs=_read_metrics(run_dir / "metrics.jsonl", metrics),
         samples=_read_lines(run_dir / "samples" / "metadata.jsonl", required=("file_name", "prompt")),
-        summary=_read_object(run_dir / "summary.json") | _measured_minutes(run_dir),
-        environment=_read_object(run_dir / "environment.json"),
+        summary=read_object(run_dir / "summary.json") | _measured_minutes(run_dir),
+        environment=read_object(run_dir / "environment.json"),
     )
     for line, row in enumerate(run.samples, start=1):
         if Path(str(row["file_name"])).name != row["file_name"]:
@@ -60,9 +66,22 @@ def read_run(run_dir: Path) -> Run:
     return run
 
 
+def read_evaluations(run_dir: Path, sides: Sequence[str]) -> dict[str, Row]:
+    """By side, what summary.json will say of it: of a run that is not finished these are all the scores there are."""
+    files = {side: run_dir / f"evaluation_{side}.json" for side in sides}
+    found: dict[str, Row] = {}
+    for side, file in files.items():
+        if file.is_file():
+            summary = read_object(file).get("summary")
+            if not isinstance(summary, dict):
+                raise DataError(f"{file}: summary is {summary!r}, expected an object: delete it and resume the run")
+            found[side] = summary
+    return found
+
+
 def _measured_minutes(run_dir: Path) -> Row:
     """Wall time is kept apart, so that equal runs have equal summaries; the page shows it in place of the limit."""
-    timing = _read_object(run_dir / "timing.json")
+    timing = read_object(run_dir / "timing.json")
     return {"minutes": timing["train_minutes"]} if "train_minutes" in timing else {}
 
 
@@ -76,7 +95,8 @@ def _parse(text: str, where: str) -> Row:
     return value
 
 
-def _read_object(path: Path) -> Row:
+def read_object(path: Path) -> Row:
+    """A JSON object; empty where there is no such file. Raises DataError for anything else, naming the file."""
     return _parse(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
 
 
@@ -92,10 +112,21 @@ def _read_lines(path: Path, required: Iterable[str]) -> list[Row]:
         missing = [key for key in required if key not in row]
         if missing:
             raise DataError(f"{where}: no {' and no '.join(map(repr, missing))} in {sorted(row)}")
-        for key in _MAPPINGS:
-            if not isinstance(row.get(key) or {}, dict):
-                raise DataError(f"{where}: {key} is {row[key]!r}, expected an object of name to number")
-        if "epoch" in required and finite(row["epoch"]) is None:
-            raise DataError(f"{where}: epoch is {row['epoch']!r}, expected a number")
         rows.append(row)
     return rows
+
+
+def _read_metrics(path: Path, metrics: Metrics) -> list[Row]:
+    rows = _read_lines(path, metrics.numbers)
+    for line, row in enumerate(rows, start=1):
+        _check_metrics(row, f"{path}, line {line}", metrics)
+    return rows
+
+
+def _check_metrics(row: Mapping[str, Any], where: str, metrics: Metrics) -> None:
+    for key in metrics.mappings:
+        if not isinstance(row.get(key) or {}, dict):
+            raise DataError(f"{where}: {key} is {row[key]!r}, expected an object of name to number")
+    for key in metrics.numbers:
+        if finite(row[key]) is None:
+            raise DataError(f"{where}: {key} is {row[key]!r}, expected a number")

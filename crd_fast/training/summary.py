@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crd_fast.data.prompts import PromptSet
@@ -41,7 +41,7 @@ def summarize(directory: RunDirectory, recipe: Recipe, epochs: int, test_prompts
     write_json(directory / "summary.json", summary)
     if "before" in sides and "after" in sides and test_prompts is not None:
         kept = kept_indices(len(sides["after"]["prompt_ids"]), recipe.evaluation.images)
-        write_sample_index(directory, test_prompts, kept, sides["before"], sides["after"])
+        write_sample_index(directory, test_prompts, kept, {side: sides[side] for side in ("before", "after")})
     return write_timing(directory)
 
 
@@ -60,20 +60,23 @@ def write_timing(directory: RunDirectory) -> float:
 
 
 def write_sample_index(
-    directory: RunDirectory, prompts: PromptSet, kept: Sequence[int], before: dict[str, Any], after: dict[str, Any]
+    directory: RunDirectory, prompts: PromptSet, kept: Sequence[int], sides: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """samples/metadata.jsonl: a row for each image that was kept, which are the same ones before and after."""
+    """samples/metadata.jsonl: a row for each image that was kept, which are the same ones on all sides.
+
+    sides: evaluations of the same prompts by the name of their folder in samples/; at least one.
+    """
+    prompt_ids = next(iter(sides.values()))["prompt_ids"]
     lines = []
     for number, index in enumerate(kept):
-        prompt_id = after["prompt_ids"][index]
+        prompt_id = prompt_ids[index]
         tag = prompts.metadata[prompt_id].get("tag")
         entry = {
             "file_name": f"{number:05d}.png",
             "prompt": prompts.prompts[prompt_id],
             **({} if tag is None else {"tag": tag}),
             "seed": index,
-            "before": before["passed"][index],
-            "after": after["passed"][index],
+            **{side: evaluated["passed"][index] for side, evaluated in sides.items()},
         }
         lines.append(json.dumps(entry))
     write_text(directory / "samples" / "metadata.jsonl", "\n".join(lines) + "\n")

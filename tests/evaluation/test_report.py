@@ -7,7 +7,6 @@ import io
 import json
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from PIL import Image
 
 from crd_fast.errors import DataError
 from crd_fast.evaluation.report import PAIRS_PER_TASK, write_report
+from tests.evaluation.report_text import visible_text
 
 TASKS = {"counting": (0.38, 0.81), "position": (0.17, 0.74), "color_attr": (0.41, 0.86)}
-VOID = {"meta", "img"}
 
 
 def _side(index: int) -> dict[str, Any]:
@@ -102,41 +101,10 @@ def _edit_summary(run: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     (run / "summary.json").write_text(json.dumps(summary))
 
 
-class _Text(HTMLParser):
-    """Visible text and a check that every element is closed where it was opened."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.pieces: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        pass
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> closes nothing at {self.getpos()}"
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open and "title" not in self.open:
-            self.pieces.append(data)
-
-
-def _text(page: str) -> str:
-    parser = _Text()
-    parser.feed(page)
-    parser.close()
-    assert parser.open == []
-    return re.sub(r"\s+", " ", " ".join(parser.pieces))
-
-
 def _render(run: Path) -> tuple[str, str]:
     """The page and its visible text."""
     page = write_report(run).read_text(encoding="utf-8")
-    return page, _text(page)
+    return page, visible_text(page)
 
 
 def test_the_page_is_the_run_directorys_and_has_every_section(run_dir: Path) -> None:
