@@ -72,8 +72,8 @@ class AlgorithmSettings:
     beta: temperature of the reward; None takes `beta_share` of the reward's standard deviation among images of one
     prompt, measured on the reference's images of `beta_prompts` prompts, `beta_images` of each.
     guidance_scale: of the reference, as the family's pipeline understands it.
-    weighting, reward_at, late_steps, max_correction: as in `DIDRConfig`. split, low, high: shares of the training time
-    range.
+    weighting, reward_at, guided_estimate, late_steps, max_correction: as in `DIDRConfig`. split, low, high: shares of
+    the training time range.
     curvature: kappa of the damping, 0 is none; variance: of a latent element, for the damping.
     timestep_strategy, timestep_mean, timestep_std, timestep_shift: of the times of both stages.
     """
@@ -85,6 +85,7 @@ class AlgorithmSettings:
     beta_images: int = 8
     weighting: str = "ikl"
     reward_at: str = "diffused"
+    guided_estimate: bool = False
     split: float = 0.4
     late_steps: int = 2
     max_correction: float | None = None
@@ -127,6 +128,7 @@ class AlgorithmSettings:
             guidance_scale=guidance_scale,
             weighting=self.weighting,
             reward_at=self.reward_at,
+            guided_estimate=self.guided_estimate,
             split=split,
             late_steps=self.late_steps,
             max_correction=self.max_correction,

@@ -40,6 +40,8 @@ class DIDRConfig:
     reward_at: "diffused", the method: the reward adds its diffused score to the reference's. Or "endpoint", to compare
         with: the reward's gradient at the generator's own sample, whatever the time (Diff-Instruct++, arXiv 2410.18881:
         minimise E[-r(x0)] / beta beside the integral of KL to the reference); the settings below are not used then.
+    guided_estimate: whether the estimate that is rewarded is guided as the reference is, which costs an unconditional
+        pass with graph. Unguided estimates are those of a wider distribution than the one that is tilted.
     split, late_steps: steps of the rewarded estimate are 1 below this share of the time range and this many above, see
         `proxy_steps`.
     max_correction: where (sigma^2/alpha) s_r of a sample is longer than this many times its x0_ta - x0_ref, it is
@@ -53,6 +55,7 @@ class DIDRConfig:
     guidance_scale: float = 1.0
     weighting: str = "ikl"
     reward_at: str = "diffused"
+    guided_estimate: bool = False
     split: float = 0.4
     late_steps: int = 2
     max_correction: float | None = None
@@ -74,6 +77,7 @@ class DIDRConfig:
             ("guidance_scale", self.guidance_scale >= 0, "a number >= 0"),
             ("split", 0 <= self.split <= 1, "a share of the time range in [0, 1]"),
             ("late_steps", isinstance(late, int) and not isinstance(late, bool) and late >= 1, "an int >= 1"),
+            ("guided_estimate", isinstance(self.guided_estimate, bool), "true or false"),
             ("max_correction", most is None or most > 0, "a number > 0, or None"),
         ):
             if not fine:
@@ -146,7 +150,7 @@ def stage_two(
     """Stage II: the generator's loss. Gradients flow to the generator alone.
 
     The conditional prediction of the reference is made once, with graph, and serves both its clean estimate and the
-    first step of the rewarded one; guidance is not part of the rewarded estimate.
+    first step of the rewarded one. So does the unconditional one where `guided_estimate` is set.
 
     Args:
         generator: runs with graph. ta: the TA network. reference: the frozen reference's conditional prediction.
@@ -171,12 +175,16 @@ def stage_two(
     with torch.no_grad():
         x_t = schedule.add_noise(x0, eps, t)
         ta_prediction = ta(x_t, t)
-        other = unconditional(x_t, t) if unconditional is not None and config.guidance_scale != 1.0 else None
-    predictions: list[Tensor] = []
+    other = unconditional if config.guidance_scale != 1.0 else None
+    firsts: list[tuple[Tensor, Tensor | None]] = []  # predictions at (x_t, t)
 
     def denoise(x: Tensor, now: Tensor) -> Tensor:
-        predicted = reference(x, now)
-        predictions.append(predicted.detach())
+        conditional = predicted = reference(x, now)
+        without = None
+        if other is not None and config.guided_estimate:
+            without = other(x, now)
+            predicted = without + config.guidance_scale * (conditional - without)
+        firsts.append((conditional.detach(), None if without is None else without.detach()))
         return schedule.to_x0(predicted, x, now)
 
     diffused = reward if config.reward_at == "diffused" else None
@@ -187,18 +195,20 @@ def stage_two(
         )
         score = rewarded.score
     else:
-        with torch.no_grad():
-            predictions.append(reference(x_t, t))
         score = torch.zeros_like(x0)
+    with torch.no_grad():
+        conditional, without = firsts[0] if firsts else (reference(x_t, t), None)
+        if other is not None and without is None:
+            without = other(x_t, t)
     out = generator_loss_of_predictions(
         x0,
         x_t,
         t,
         ta_prediction,
-        predictions[0],
+        conditional,
         score,
         schedule=schedule,
-        unconditional=other,
+        unconditional=without,
         guidance_scale=config.guidance_scale,
         weighting=config.weighting,
         max_correction=config.max_correction,
