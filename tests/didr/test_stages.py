@@ -112,8 +112,8 @@ def test_stage_two_moves_the_generator_and_nothing_else(schedule, weighting, rew
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-def test_stages_are_their_parts(schedule, guidance_scale):
+@pytest.mark.parametrize(("guidance_scale", "guided_estimate"), [(1.0, False), (4.0, False), (4.0, True)])
+def test_stages_are_their_parts(schedule, guidance_scale, guided_estimate):
     networks, z, eps, t = world(schedule)
     generator, ta, reference = networks["generator"], networks["ta"], networks["reference"]
     x0 = generator(z)
@@ -121,12 +121,20 @@ def test_stages_are_their_parts(schedule, guidance_scale):
     one = stage_one(generator, ta, z, eps, t, schedule=schedule)
     assert torch.equal(one.loss, ta_loss(ta(x_t, t), x0, eps, t, schedule=schedule).loss)
 
-    config = DIDRConfig(beta=0.5, guidance_scale=guidance_scale)
+    config = DIDRConfig(beta=0.5, guidance_scale=guidance_scale, guided_estimate=guided_estimate)
     two = stage_two(**networks, z=z, eps=eps, t=t, schedule=schedule, config=config)
+
+    def denoise(x, t):
+        conditional = reference(x, t)
+        if not guided_estimate:
+            return schedule.to_x0(conditional, x, t)
+        without = networks["unconditional"](x, t)
+        return schedule.to_x0(without + guidance_scale * (conditional - without), x, t)
+
     s_r = diffused_reward_score(
         x_t,
         t,
-        lambda x, t: schedule.to_x0(reference(x, t), x, t),
+        denoise,
         networks["reward"],
         beta=0.5,
         schedule=schedule,
@@ -188,13 +196,18 @@ def test_calls_of_each_network():
     for name, network in networks.items():
         network.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
     early, late = torch.full((6,), 0.3), torch.full((6,), 0.6)
-    for t, scale, passes in ((early, 1.0, 1), (early, 4.0, 1), (late, 1.0, 2)):
+    for t, scale, guided, passes, without in (
+        (early, 1.0, False, 1, 0),
+        (early, 4.0, False, 1, 1),
+        (late, 1.0, False, 2, 0),
+        (late, 4.0, False, 2, 1),
+        (late, 4.0, True, 2, 2),
+        (late, 1.0, True, 2, 0),
+    ):
         calls.update(dict.fromkeys(calls, 0))
-        config = DIDRConfig(beta=1.0, guidance_scale=scale)
+        config = DIDRConfig(beta=1.0, guidance_scale=scale, guided_estimate=guided)
         stage_two(**networks, z=z, eps=eps, t=t, schedule=FLOW, config=config)
-        assert calls == {
-            "generator": 1, "ta": 1, "reference": passes, "unconditional": int(scale != 1.0), "reward": 1,
-        }  # fmt: skip
+        assert calls == {"generator": 1, "ta": 1, "reference": passes, "unconditional": without, "reward": 1}
 
 
 def test_guidance_without_an_unconditional_prediction():
@@ -215,6 +228,7 @@ def test_guidance_without_an_unconditional_prediction():
         ({"late_steps": 0}, "DIDRConfig.late_steps: expected an int >= 1"),
         ({"late_steps": 2.0}, "DIDRConfig.late_steps: expected an int >= 1"),
         ({"reward_at": "end"}, "DIDRConfig.reward_at: expected one of .*did you mean 'endpoint'"),
+        ({"guided_estimate": 1}, "DIDRConfig.guided_estimate: expected true or false"),
         ({"max_correction": 0.0}, "DIDRConfig.max_correction: expected a number > 0, or None"),
         ({"weighting": "iklq"}, "DIDRConfig.weighting: expected one of .*did you mean 'ikl'"),
     ],
