@@ -74,6 +74,8 @@ class AlgorithmSettings:
     guidance_scale: of the reference, as the family's pipeline understands it.
     weighting, reward_at, guided_estimate, late_steps, max_correction: as in `DIDRConfig`. split, low, high: shares of
     the training time range.
+    reward_until: share of the time range above which the reward is left out, and nothing decoded for it: what a
+    sample shows is not settled there, so the reward's gradient is more noise than signal.
     curvature: kappa of the damping, 0 is none; variance: of a latent element, for the damping.
     timestep_strategy, timestep_mean, timestep_std, timestep_shift: of the times of both stages.
     """
@@ -89,6 +91,7 @@ class AlgorithmSettings:
     split: float = 0.4
     late_steps: int = 2
     max_correction: float | None = None
+    reward_until: float = 1.0
     curvature: float = 0.0
     variance: float = 1.0
     timestep_strategy: str = "uniform"
@@ -115,6 +118,13 @@ class AlgorithmSettings:
         for name in ("beta_share", "timestep_std", "timestep_shift", "variance"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"algorithm.{name} is {getattr(self, name)}: expected more than 0")
+        if not 0 < self.reward_until <= 1:
+            raise ConfigError(f"algorithm.reward_until is {self.reward_until}: expected a share in (0, 1]")
+        if self.reward_until < 1 and self.reward_at == "endpoint":
+            raise ConfigError(
+                "algorithm.reward_until is below 1, but algorithm.reward_at is 'endpoint', whose reward knows no time: "
+                "leave it out"
+            )
         if self.curvature < 0:
             raise ConfigError(f"algorithm.curvature is {self.curvature}: expected 0 or more")
         if not 0 < self.low < self.high < 1:

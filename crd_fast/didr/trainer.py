@@ -203,17 +203,29 @@ class DIDRTrainer:
         usable = torch.zeros((), dtype=torch.int64, device=self.networks.backbone.device)
         for number, draw in enumerate(draws):
             self.stop.check(self.ranks)
-            with self.phases.timed("stage_two"):
-                out = self._generator_loss(draw, reward)
-                self._backward(GENERATOR, out.loss, last=number + 1 == len(draws))
-            usable += out.x0.numel() - out.generator.zeroed.sum()
-            log.add(draw.shares, out)
+            parts = self._parts(draw, reward)
+            for place, (part, its_reward) in enumerate(parts, start=1):
+                with self.phases.timed("stage_two"):
+                    out = self._generator_loss(part, its_reward)
+                    last = number + 1 == len(draws) and place == len(parts)
+                    self._backward(GENERATOR, out.loss * (len(part) / len(draw)), last)
+                usable += out.x0.numel() - out.generator.zeroed.sum()
+                log.add(part.shares, out)
         if not self.ranks.any(int(usable) > 0):  # every element was replaced: its zeros are no direction
             self.optimizers[GENERATOR].skip()
             log.norms[GENERATOR].append(math.nan)
             self._guard(GENERATOR, draws)
             return False
         return self._step(GENERATOR, log, draws)
+
+    def _parts(self, draw: Draw, reward: DifferentiableReward | None) -> list[tuple[Draw, DifferentiableReward | None]]:
+        """A micro-batch as the samples that the reward sees and those at whose times it is left out."""
+        until = self.recipe.algorithm.reward_until
+        if reward is None or until >= 1.0:
+            return [(draw, reward)]
+        seen = draw.shares < until
+        parts = [(seen, reward), (~seen, None)]
+        return [(draw.rows(mask.nonzero()[:, 0]), its_reward) for mask, its_reward in parts if mask.any()]
 
     def _generator_loss(self, draw: Draw, reward: DifferentiableReward | None) -> StageTwoOutput:
         unconditional = self.unconditional.expand(len(draw.t))

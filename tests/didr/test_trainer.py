@@ -155,6 +155,37 @@ def test_distilling_is_training_with_a_reward_that_likes_all_images_alike(folder
     assert any(a is not None and not torch.allclose(a, c, rtol=1e-2) for a, _, c in pairs)
 
 
+def test_above_a_share_of_the_time_range_the_reward_is_left_out(folder: Path) -> None:
+    sections = {"algorithm": {"reward_until": 0.5}, "decode": {"recompute": False}}
+    reward = Redness()
+    trainer = make_trainer(make_recipe("sd3", folder, sections, batch=4, micro_batch=4), reward)
+    scramble(trainer, GENERATOR, TA)
+    tensors = trainer.networks.own.tensors(GENERATOR)
+    (draw,) = trainer._draw()
+    early = draw.shares < 0.5
+    assert early.any() and not early.all()
+
+    sums = [torch.zeros_like(tensor) for tensor in tensors]
+    for number, rewarded in enumerate(early.tolist()):
+        loss = trainer._generator_loss(draw.rows(torch.tensor([number])), reward if rewarded else None).loss
+        for total, gradient in zip(sums, torch.autograd.grad(loss, tensors, allow_unused=True), strict=True):
+            if gradient is not None:
+                total += gradient / 4
+
+    reward.calls, seen = 0, []
+    for part, its_reward in trainer._parts(draw, reward):
+        seen.append((len(part), its_reward is not None))
+        trainer._backward(GENERATOR, trainer._generator_loss(part, its_reward).loss * (len(part) / 4), last=True)
+    assert seen == [(int(early.sum()), True), (int((~early).sum()), False)]
+    assert reward.calls == int(early.sum())  # decoded one at a time
+    for tensor, total in zip(tensors, sums, strict=True):
+        torch.testing.assert_close(torch.zeros_like(total) if tensor.grad is None else tensor.grad, total)
+    trainer.optimizers[GENERATOR].skip()
+
+    row = trainer.run_epoch()
+    assert row["correction_ratio"]["late"] == 0 < row["correction_ratio"]["early"] and row["reward"]
+
+
 def test_the_probe_sees_the_ta_learn(folder: Path) -> None:
     """The loss of the same samples before and after the steps that learned them and others."""
     trainer = make_trainer(make_recipe("sd3", folder, steps=1, ta_ratio=8, batch=4, micro_batch=4))
@@ -408,6 +439,8 @@ def test_a_generator_of_another_family(folders: dict[str, Path]) -> None:
     ("section", "values", "message"),
     [
         ("algorithm", {"beta": 0.0}, "DIDRConfig.beta"),
+        ("algorithm", {"reward_until": 0.0}, "algorithm.reward_until is 0.0: expected a share in"),
+        ("algorithm", {"reward_until": 0.5, "reward_at": "endpoint"}, "algorithm.reward_until is below 1, but"),
         ("algorithm", {"weighting": "dmd"}, "algorithm.weighting is 'dmd': expected one of .*; did you mean 'dmd2'"),
         ("algorithm", {"low": 0.5, "high": 0.5}, "expected 0 < low < high < 1"),
         ("algorithm", {"timestep_strategy": "logitnormal"}, "did you mean 'logit_normal'"),
