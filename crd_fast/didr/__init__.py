@@ -20,8 +20,9 @@ from crd_fast.didr.diffused_reward import (
 )
 from crd_fast.didr.generator import GeneratorOutput, generator_loss, generator_loss_of_predictions
 from crd_fast.didr.guidance import reference_x0
+from crd_fast.didr.noising import Seeds
 from crd_fast.didr.stages import DIDRConfig, StageTwoOutput, stage_one, stage_two
-from crd_fast.didr.ta import TAOutput, ta_loss
+from crd_fast.didr.ta import TAOutput, ta_loss, ta_loss_of_noised
 from crd_fast.didr.timesteps import sample_times
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "DiffusedReward",
     "GaussianDamping",
     "GeneratorOutput",
+    "Seeds",
     "StageTwoOutput",
     "TAOutput",
     "diffused_reward",
@@ -45,6 +47,7 @@ __all__ = [
     "stage_one",
     "stage_two",
     "ta_loss",
+    "ta_loss_of_noised",
 ]
 
 

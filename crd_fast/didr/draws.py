@@ -9,9 +9,9 @@ from torch import Tensor
 
 from crd_fast.backbones.base import Backbone, Conditioning
 from crd_fast.data.prompts import shuffled_slice
+from crd_fast.didr.noising import Seeds
 from crd_fast.didr.recipe import DIDRRecipe
 from crd_fast.didr.timesteps import sample_times
-from crd_fast.forward_process import noise
 from crd_fast.ranks import Ranks
 from crd_fast.rollout import initial_noise
 from crd_fast.schedules import RectifiedFlow
@@ -21,12 +21,12 @@ from crd_fast.schedules import RectifiedFlow
 class Draw:
     """Everything random of one micro-batch of B samples.
 
-    z, eps (B, *latent) unit Gaussian; t (B,) noise levels on the CPU; shares (B,) of the training time range that they
-    are; prompt_ids (B,) on the CPU.
+    z (B, *latent) unit Gaussian; eps: the noise that is added to samples, by its seeds; t (B,) noise levels on the CPU;
+    shares (B,) of the training time range that they are; prompt_ids (B,) on the CPU.
     """
 
     z: Tensor
-    eps: Tensor
+    eps: Seeds
     t: Tensor
     shares: Tensor
     prompt_ids: Tensor
@@ -40,7 +40,7 @@ class Draw:
         there = chosen.to(self.z.device)
         return Draw(
             z=self.z[there],
-            eps=self.eps[there],
+            eps=Seeds(self.eps.seed, self.eps.sample_ids[there]),
             t=self.t[chosen],
             shares=self.shares[chosen],
             prompt_ids=self.prompt_ids[chosen],
@@ -77,11 +77,10 @@ def draw_step(
         begin = (micro * ranks.world + ranks.rank) * train.micro_batch
         rows = slice(begin, begin + train.micro_batch)
         z = initial_noise(backbone, sample_ids[rows], seed)
-        ones = torch.ones(len(z), device=device)
         draws.append(
             Draw(
                 z=z,
-                eps=noise(torch.zeros_like(z), ones, seed=seed, sample_ids=sample_ids[rows].to(device)).x_t,
+                eps=Seeds(seed, sample_ids[rows].to(device)),
                 t=backbone.sigma_at(shares[rows]),
                 shares=shares[rows],
                 prompt_ids=prompt_ids[rows],

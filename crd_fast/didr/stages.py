@@ -18,10 +18,11 @@ from torch import Tensor
 from crd_fast import checks
 from crd_fast.didr.diffused_reward import Damping, DiffusedReward, Reward, diffused_reward, proxy_steps
 from crd_fast.didr.generator import GeneratorOutput, generator_loss_of_predictions
+from crd_fast.didr.noising import Seeds, noised
 from crd_fast.didr.reference import WEIGHTINGS
-from crd_fast.didr.ta import TAOutput, ta_loss
+from crd_fast.didr.ta import TAOutput, ta_loss, ta_loss_of_noised
 from crd_fast.errors import ConfigError, nearest
-from crd_fast.schedules import Schedule
+from crd_fast.schedules import VP, Schedule
 
 Generator = Callable[[Tensor], Tensor]
 """z -> clean latents (B, *latent)."""
@@ -108,7 +109,7 @@ def stage_one(
     generator: Generator,
     ta: Predict,
     z: Tensor,
-    eps: Tensor,
+    eps: Tensor | Seeds,
     t: Tensor,
     *,
     schedule: Schedule,
@@ -116,21 +117,33 @@ def stage_one(
 ) -> TAOutput:
     """Stage I: the TA's loss on fresh samples of the generator, which runs without graph. Gradients flow to the TA.
 
-    z: what the generator takes. eps: (B, *latent) noise. t: (B,) times, moved to the samples' device. kind: the error
-    is taken of this, "eps", "v" or "x0", after the prediction was converted to it; None is the schedule's own.
+    z: what the generator takes. eps: (B, *latent) noise, or `Seeds`, from which it is made where it is needed and never
+    stored. t: (B,) times, moved to the samples' device. kind: the error is taken of this, "eps", "v" or "x0", after the
+    prediction was converted to it; None is the schedule's own.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: a shape, dtype or device that does not fit, or seeds for the velocity of a variance-preserving
+            schedule, whose error needs the noise itself.
         ExtensionMissingError: see `crd_fast.ops`.
     """
     with torch.no_grad():
         x0 = generator(z)
         t = t.to(x0.device)
-        x_t = schedule.add_noise(x0, eps, t)
+        made = None
+        if isinstance(eps, Tensor):
+            x_t = schedule.add_noise(x0, eps, t)
+        else:
+            x_t, made = noised(schedule, x0, eps, t)
+    kind = kind or schedule.kind
+    if made is not None and isinstance(schedule, VP) and kind == "v":
+        raise ValueError(f"eps: expected a tensor, because the error of v under {schedule!r} needs it, got seeds")
     predicted = ta(x_t, t)
-    if kind is not None:
+    if kind != schedule.kind:
         predicted = schedule.convert(predicted, x_t, t, to=kind)
-    return ta_loss(predicted, x0, eps, t, schedule=schedule, kind=kind)
+    if isinstance(eps, Tensor):
+        return ta_loss(predicted, x0, eps, t, schedule=schedule, kind=kind)
+    assert made is not None
+    return ta_loss_of_noised(predicted, made, kind=kind)
 
 
 def stage_two(
@@ -139,7 +152,7 @@ def stage_two(
     reference: Predict,
     reward: Reward | None,
     z: Tensor,
-    eps: Tensor,
+    eps: Tensor | Seeds,
     t: Tensor,
     *,
     schedule: Schedule,
@@ -156,7 +169,8 @@ def stage_two(
         generator: runs with graph. ta: the TA network. reference: the frozen reference's conditional prediction.
         reward: clean latents -> (B,) rewards with graph. None distils the reference as it is, which is how a one-step
             generator is made, or warmed up (Diff-Instruct, arXiv 2305.18455).
-        z: what the generator takes. eps: (B, *latent) noise. t: (B,) times on the CPU, as `sample_times` gives them.
+        z: what the generator takes. eps: (B, *latent) noise, or `Seeds`. t: (B,) times on the CPU, as `sample_times`
+            gives them.
         schedule: of t. config: `DIDRConfig`.
         unconditional: the reference's prediction for the empty prompt, called where guidance_scale is not 1.
         damping: of the reward's score, see `diffused_reward`.
@@ -173,7 +187,7 @@ def stage_two(
     x0 = generator(z)
     t = t.to(x0.device)
     with torch.no_grad():
-        x_t = schedule.add_noise(x0, eps, t)
+        x_t = schedule.add_noise(x0, eps, t) if isinstance(eps, Tensor) else noised(schedule, x0, eps, t)[0]
         ta_prediction = ta(x_t, t)
     other = unconditional if config.guidance_scale != 1.0 else None
     firsts: list[tuple[Tensor, Tensor | None]] = []  # predictions at (x_t, t)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from crd_fast import checks
-from crd_fast.forward_process import residual_stats
+from crd_fast.errors import nearest
+from crd_fast.forward_process import PREDICTIONS, Noised, residual_stats
+from crd_fast.reference import SIGMA_CLAMP
 from crd_fast.schedules import Schedule
 
 
@@ -44,4 +46,26 @@ def ta_loss(
         checks.require_like(name, other, "predicted", predicted)
     target = schedule.target(x0.detach(), eps.detach(), t, kind)
     errors = residual_stats(predicted, target).mse
+    return TAOutput(loss=errors.mean(), errors=errors.detach())
+
+
+def ta_loss_of_noised(predicted: Tensor, noised: Noised, *, kind: str = "v") -> TAOutput:
+    """`ta_loss` with noise that is made again: the prediction and the clean sample are all that is read.
+
+    Args:
+        predicted: (B, *latent) prediction of the TA network, any float dtype. Gradients flow to it alone.
+        noised: what it was predicted from, or a multiple of that, such as `crd_fast.didr.noising.noised` gives.
+        kind: of `predicted`, and of the error: "v" (eps - x0), "eps" or "x0".
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or a kind whose error is not the noise's and the
+            sample's: the velocity of a variance-preserving schedule needs `ta_loss`.
+        ExtensionMissingError: see `crd_fast.ops`.
+    """
+    if kind not in PREDICTIONS:
+        raise ValueError(f"kind: expected one of {PREDICTIONS}, got {kind!r}{nearest(str(kind), PREDICTIONS)}")
+    errors = residual_stats(predicted, noised, prediction=kind).mse  # of the velocity
+    if kind != "v":
+        level = noised.sigma if kind == "x0" else 1.0 - noised.sigma
+        errors = level.clamp(min=SIGMA_CLAMP).square() * errors
     return TAOutput(loss=errors.mean(), errors=errors.detach())

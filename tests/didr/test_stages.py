@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+import crd_fast
 from crd_fast.didr import (
     DIDRConfig,
+    Seeds,
     diffused_reward_score,
     generator_loss,
     reference_x0,
@@ -18,6 +20,7 @@ from crd_fast.didr import (
     stage_one,
     stage_two,
     ta_loss,
+    ta_loss_of_noised,
 )
 from crd_fast.errors import ConfigError
 from crd_fast.schedules import VP, RectifiedFlow
@@ -152,6 +155,38 @@ def test_stages_are_their_parts(schedule, guidance_scale, guided_estimate):
     (grad,) = torch.autograd.grad(two.loss, generator.layers[0].weight)
     (want_grad,) = torch.autograd.grad(want.loss, generator.layers[0].weight)
     torch.testing.assert_close(grad, want_grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kind"),
+    [(FLOW, None), (FLOW, "eps"), (FLOW, "x0"), (SDXL, None), (SDXL, "x0")],
+    ids=lambda value: repr(value),
+)
+def test_noise_from_seeds_is_the_noise_that_they_make(schedule, kind):
+    networks, z, _, t = world(schedule)
+    seeds = Seeds(7, torch.arange(6) * 3 + 2**33, stream=4)
+    eps = crd_fast.noise(torch.zeros(6, 2), torch.ones(6), seed=7, sample_ids=seeds.sample_ids, stream=4).x_t
+    generator, ta = networks["generator"], networks["ta"]
+    given, made = (stage_one(generator, ta, z, source, t, schedule=schedule, kind=kind) for source in (eps, seeds))
+    torch.testing.assert_close(made.errors, given.errors, rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(out.loss, list(ta.parameters())) for out in (given, made)]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
+
+    config = DIDRConfig(beta=0.5, guidance_scale=4.0, weighting="bounded")
+    two = [stage_two(**networks, z=z, eps=source, t=t, schedule=schedule, config=config) for source in (eps, seeds)]
+    torch.testing.assert_close(two[1].loss, two[0].loss, rtol=1e-3, atol=1e-6)
+    assert not torch.equal(
+        made.errors, stage_one(generator, ta, z, Seeds(8, seeds.sample_ids), t, schedule=schedule).errors
+    )
+
+
+def test_the_velocity_of_a_variance_preserving_schedule_needs_the_noise():
+    networks, z, _, t = world(SDXL)
+    with pytest.raises(ValueError, match="eps: expected a tensor, because the error of v under .* got seeds"):
+        stage_one(networks["generator"], networks["ta"], z, Seeds(0, torch.arange(6)), t, schedule=SDXL, kind="v")
+    noised = crd_fast.noise(torch.zeros(6, 2), torch.full((6,), 0.5), seed=0)
+    with pytest.raises(ValueError, match="kind: expected one of .*got 'epsilon'; did you mean 'eps'"):
+        ta_loss_of_noised(torch.zeros(6, 2), noised, kind="epsilon")
 
 
 def test_a_long_correction_is_shortened_to_a_share_of_the_gap():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import crd_fast
 from crd_fast.didr import DIDRTrainer, GaussianDamping
 from crd_fast.didr.draws import draw_step
 from crd_fast.didr.metrics import EpochLog
@@ -65,6 +66,11 @@ def gradients(trainer: DIDRTrainer) -> set[str]:
 
 
 # --- the stages ---
+
+
+def added_noise(x0: Tensor, draw: Any) -> Tensor:
+    """The noise of a draw, like x0."""
+    return crd_fast.noise(x0, torch.ones(len(x0)), seed=draw.eps.seed, sample_ids=draw.eps.sample_ids).x_t
 
 
 @pytest.mark.parametrize("origin", [False, True], ids=["one_model", "two_models"])
@@ -128,11 +134,12 @@ def test_the_ta_regresses_what_its_model_predicts(family: str, folders: dict[str
     with torch.no_grad():
         x0 = trainer.generator.sample(GENERATOR, draw.z, draw.conditioning)
         level = draw.t[:, None, None, None]
-        x_t = (1 - level) * x0 + level * draw.eps
+        eps = added_noise(x0, draw)
+        x_t = (1 - level) * x0 + level * eps
         velocity = trainer.networks.predict(TA, x_t, draw.t, draw.conditioning)
-        errors = velocity - (draw.eps - x0)
+        errors = velocity - (eps - x0)
         if family == "sdxl":
-            errors = x_t + (1 - level) * velocity - draw.eps
+            errors = x_t + (1 - level) * velocity - eps
         got = trainer._ta_output(draw).errors
     torch.testing.assert_close(got, errors.square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
 
@@ -256,12 +263,17 @@ def test_noise_belongs_to_the_sample(folder: Path) -> None:
     def parts(recipe: Any, number: int, rank: int = 0, world: int = 1) -> list[Any]:
         return draw_step(recipe, backbone, embedded, number, Ranks(rank, world))
 
+    def tensors(draw: Any) -> dict[str, Tensor]:
+        eps = added_noise(torch.zeros_like(draw.z), draw)
+        return {"z": draw.z, "eps": eps, "t": draw.t, "prompt_ids": draw.prompt_ids}
+
     whole = parts(recipe, 3)
     spread = [draw for pair in zip(parts(recipe, 3, 0, 2), parts(recipe, 3, 1, 2), strict=True) for draw in pair]
     for name in ("z", "eps", "t", "prompt_ids"):
-        together = torch.cat([getattr(draw, name) for draw in whole])
-        assert torch.equal(together, torch.cat([getattr(draw, name) for draw in spread])), name
-    noises = torch.cat([torch.cat([draw.z, draw.eps]) for number in (3, 4) for draw in parts(recipe, number)])
+        together = torch.cat([tensors(draw)[name] for draw in whole])
+        assert torch.equal(together, torch.cat([tensors(draw)[name] for draw in spread])), name
+    drawn = [tensors(draw) for number in (3, 4) for draw in parts(recipe, number)]
+    noises = torch.cat([torch.cat([found["z"], found["eps"]]) for found in drawn])
     assert len(noises.flatten(1).unique(dim=0)) == len(noises) == 32
     seeded = parts(make_recipe("sd3", folder, {"run": {"seed": 1}}, batch=8, micro_batch=2), 3)
     assert not torch.equal(seeded[0].z, whole[0].z) and not torch.equal(seeded[0].t, whole[0].t)
