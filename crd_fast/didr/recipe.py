@@ -291,6 +291,11 @@ class DIDRRecipe:
                 f"generator.lora is {self.generator.lora!r} but train.parameters is 'full', which has no adapter to "
                 "start from: merge it into the model first, or train a LoRA"
             )
+        if self.algorithm.reward_until < 1 and self.acceleration.compile:
+            raise ConfigError(
+                f"algorithm.reward_until is {self.algorithm.reward_until}, which makes batches of many sizes, and "
+                "acceleration.compile makes a graph for each: leave one of them out"
+            )
         if self.evaluation.suite is not None and self.data.test_prompts is None:
             raise ConfigError("evaluation.suite is set but data.test_prompts is not: name the held-out prompts")
 

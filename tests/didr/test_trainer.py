@@ -471,3 +471,9 @@ def test_a_generator_of_another_family(folders: dict[str, Path]) -> None:
 def test_bad_settings(section: str, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_recipe("sd3", Path("nowhere"), {section: values})
+
+
+def test_batches_of_many_sizes_are_not_compiled() -> None:
+    sections = {"algorithm": {"reward_until": 0.5}, "acceleration": {"compile": True}}
+    with pytest.raises(ConfigError, match="algorithm.reward_until is 0.5, which makes batches of many sizes"):
+        make_recipe("sd3", Path("nowhere"), sections)
