@@ -75,7 +75,8 @@ class AlgorithmSettings:
     weighting, reward_at, guided_estimate, late_steps, max_correction: as in `DIDRConfig`. split, low, high: shares of
     the training time range.
     reward_until: share of the time range above which the reward is left out, and nothing decoded for it: what a
-    sample shows is not settled there, so the reward's gradient is more noise than signal.
+    sample shows is not settled there, so the reward's gradient is more noise than signal. The endpoint's reward knows
+    no time and is never left out.
     curvature: kappa of the damping, 0 is none; variance: of a latent element, for the damping.
     timestep_strategy, timestep_mean, timestep_std, timestep_shift: of the times of both stages.
     """
@@ -120,11 +121,6 @@ class AlgorithmSettings:
                 raise ConfigError(f"algorithm.{name} is {getattr(self, name)}: expected more than 0")
         if not 0 < self.reward_until <= 1:
             raise ConfigError(f"algorithm.reward_until is {self.reward_until}: expected a share in (0, 1]")
-        if self.reward_until < 1 and self.reward_at == "endpoint":
-            raise ConfigError(
-                "algorithm.reward_until is below 1, but algorithm.reward_at is 'endpoint', whose reward knows no time: "
-                "leave it out"
-            )
         if self.curvature < 0:
             raise ConfigError(f"algorithm.curvature is {self.curvature}: expected 0 or more")
         if not 0 < self.low < self.high < 1:

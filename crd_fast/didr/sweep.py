@@ -1,6 +1,6 @@
 """A sweep over beta: one DIDR run per temperature and way to use the reward, one after another, and their comparison.
 
-    crd-fast didr recipes/shapes_didr.yaml run.dir=runs/sweep --beta 0.35 0.7 1.4 --reward-at diffused endpoint
+    crd-fast didr recipes/shapes_didr.yaml run.dir=runs/sweep --beta 0.002 0.02 0.2 --reward-at diffused endpoint
 
 Every run has a folder of its own, `<reward_at>-beta-<beta>`, as a single run leaves it. Beside them are config.yaml,
 the recipe that all share, `report.html`, and `sweep.json`, which is made again after each run:

@@ -221,7 +221,7 @@ class DIDRTrainer:
     def _parts(self, draw: Draw, reward: DifferentiableReward | None) -> list[tuple[Draw, DifferentiableReward | None]]:
         """A micro-batch as the samples that the reward sees and those at whose times it is left out."""
         until = self.recipe.algorithm.reward_until
-        if reward is None or until >= 1.0:
+        if reward is None or until >= 1.0 or self.config.reward_at == "endpoint":
             return [(draw, reward)]
         seen = draw.shares < until
         parts = [(seen, reward), (~seen, None)]
