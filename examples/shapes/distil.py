@@ -2,9 +2,9 @@
 
     python examples/shapes/distil.py --out models/shapes-one-step
 
-This is `crd-fast didr recipes/shapes_distil.yaml`, whose run directory is kept under runs/, and the transformer that it
-leaves, in half precision as the base is. It took 15 minutes on one core. An interrupted run goes on where it was. One
-seed gives the same weights on one machine and number of threads.
+This is `crd-fast didr recipes/shapes_distil_didr.yaml`, whose run directory is kept under runs/, and the transformer
+that it leaves, in half precision as the base is. It took 15 minutes on one core. An interrupted run goes on where it
+was. One seed gives the same weights on one machine and number of threads.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, such as run.seed=1")
     parser.add_argument("--out", type=Path, required=True, help="folder for the transformer")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/shapes-distil"))
-    parser.add_argument("--recipe", type=Path, default=Path("recipes/shapes_distil.yaml"))
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/shapes_distil_didr.yaml"))
     given = parser.parse_args(arguments)
     try:
         distil(given.out, given.run_dir, given.recipe, given.overrides)

@@ -35,6 +35,7 @@ def test_every_recipe_is_here() -> None:
     assert {path.stem for path in (ROOT / "recipes").glob("*_didr.yaml")} == {
         "sdxl_didr",
         "shapes_didr",
+        "shapes_distil_didr",
         "z_image_didr",
     }
 

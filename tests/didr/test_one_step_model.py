@@ -68,7 +68,7 @@ def test_the_script_makes_one(script: ModuleType, tmp_path: Path, monkeypatch: p
     short = ["train.epochs=1", "train.steps=1", "train.ta_warmup=0", "train.batch=4", "train.micro_batch=4"]
     arguments = ["--out", str(out), "--run-dir", str(run), *short, "evaluation.images=2"]
     assert script.main(arguments) == 0
-    recipe = load_recipe("recipes/shapes_distil.yaml")
+    recipe = load_recipe("recipes/shapes_distil_didr.yaml")
     base = load_backbone(recipe.model, "fp32", torch.device("cpu"))
     made = load_generator(str(out), base, recipe.model, "fp32").transformer.state_dict()
     assert any(not torch.equal(tensor, made[name]) for name, tensor in base.transformer.state_dict().items())
