@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from crd_fast.data.prompts import load_prompts, shuffled_slice
 from crd_fast.didr import diffused_reward
 from crd_fast.didr.networks import GENERATOR, Networks, OneStep
 from crd_fast.didr.recipe import DIDRRecipe, load_recipe
-from crd_fast.errors import ConfigError
+from crd_fast.errors import ConfigError, CrdFastError
 from crd_fast.forward_process import noise
 from crd_fast.ranks import choose_device
 from crd_fast.rewards import registry
@@ -136,13 +137,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.samples < 1 or given.draws < 2:
         parser.error("--samples: expected at least 1, and --draws at least 2, whose mean is compared with each")
-    recipe = load_recipe(given.recipe, given.overrides)
-    table = measure(recipe, given.samples, given.draws, SHARES)
+    try:
+        recipe = load_recipe(given.recipe, given.overrides)
+        table = measure(recipe, given.samples, given.draws, SHARES)
+    except CrdFastError as error:
+        print(f"reward_signal: {error}", file=sys.stderr)
+        return 2
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         words = ["python -m benchmarks.reward_signal", given.recipe, *given.overrides]
         command = " ".join([*words, f"--samples {given.samples} --draws {given.draws}"])
-        result = {"environment": environment(torch.device("cpu")), "command": command, "rows": table}
+        result = {"environment": environment(choose_device(recipe.run.device)), "command": command, "rows": table}
         aside = given.out.with_suffix(".tmp")
         aside.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(aside, given.out.with_suffix(".json"))

@@ -201,13 +201,26 @@ class Backbone(ABC):
     def with_model(self, folder: str) -> Backbone:
         """The same pipeline around another velocity model: one that was saved alone, as full fine-tuning saves it.
 
-        Raises ConfigError when the folder holds no model of this kind.
+        Raises ConfigError when the folder holds no model of this kind and size, or not all of one.
         """
         model_class: Any = type(self.transformer)
         try:
-            model = model_class.from_pretrained(folder, torch_dtype=self.dtype)
+            model, found = model_class.from_pretrained(folder, torch_dtype=self.dtype, output_loading_info=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"{folder} could not be loaded as a {model_class.__name__}: {error}") from error
+        lacking = sorted(found["missing_keys"])
+        if lacking:
+            raise ConfigError(
+                f"{folder} lacks {len(lacking)} tensors of its model, such as {lacking[0]}: save it again"
+            )
+        ours = {name: tensor.shape for name, tensor in self.transformer.named_parameters()}
+        theirs = {name: tensor.shape for name, tensor in model.named_parameters()}
+        if ours != theirs:
+            name = sorted(set(ours.items()) ^ set(theirs.items()))[0][0]
+            raise ConfigError(
+                f"{folder} is a {model_class.__name__} of another size: {name} is {theirs.get(name)}, expected "
+                f"{ours.get(name)} as in the pipeline"
+            )
         other = copy.copy(self)
         other.transformer = model.to(self.device).eval().requires_grad_(False)
         other.config = other.transformer.config

@@ -39,3 +39,11 @@ def test_the_shapes_reward_is_signal_early_alone(
     assert abs(late["median"]) < 0.3 and late["cosine"] < 0.5
     assert out.with_suffix(".png").stat().st_size > 1000
     assert capsys.readouterr().out.count("share") == 2
+
+
+def test_a_recipe_without_a_reward(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert reward_signal.main(["recipes/shapes_distil_didr.yaml"]) == 2
+    assert "expected a recipe with a reward" in capsys.readouterr().err
+    assert reward_signal.main(["nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from crd_fast.didr.networks import EMA, GENERATOR, TA
 from crd_fast.errors import ConfigError
@@ -76,3 +77,20 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
         load_generator(str(empty), reference, recipe.model, "fp32")
     with pytest.raises(ConfigError, match="nowhere is not a folder"):
         load_generator(str(tmp_path / "nowhere"), reference, recipe.model, "fp32")
+
+
+def test_half_a_model_and_one_of_another_size(tmp_path: Path) -> None:
+    recipe = make_recipe("sd3", save_pipeline("sd3", tmp_path / "sd3"))
+    reference = load_backbone(recipe.model, "fp32", CPU)
+    half, other = tmp_path / "half", tmp_path / "other"
+    reference.transformer.save_pretrained(half)
+    file = half / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["proj_out.bias"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match="half lacks 1 tensors of its model, such as proj_out.bias"):
+        load_generator(str(half), reference, recipe.model, "fp32")
+    settings = {**reference.config, "num_layers": reference.config.num_layers + 1}
+    type(reference.transformer).from_config(settings).save_pretrained(other)
+    with pytest.raises(ConfigError, match="other is a SD3Transformer2DModel of another size: .* expected"):
+        load_generator(str(other), reference, recipe.model, "fp32")
