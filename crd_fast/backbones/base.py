@@ -85,6 +85,8 @@ class Backbone(ABC):
     # attribute of the pipeline that holds the velocity model, and the prefix of its layers in a LoRA file
     component: ClassVar[str] = "transformer"
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    # whether an AutoencoderTiny takes its latents, scaled and shifted by numbers of the autoencoder's config
+    has_tiny_decoders: ClassVar[bool] = True
 
     latent_shape: tuple[int, ...]
     transformer: nn.Module
@@ -97,6 +99,7 @@ class Backbone(ABC):
         self.config: Any = self.transformer.config
         self.device = next(self.transformer.parameters()).device
         self.dtype = options.dtype
+        self.tiny_decoder: Any = None
         self.attention: Callable[[], AbstractContextManager[Any]] = nullcontext  # predictions run inside of it
         vae = pipeline.vae.eval().requires_grad_(False)
         if self.device.type == "cpu" and all(parameter.ndim < 5 for parameter in vae.parameters()):
@@ -184,14 +187,44 @@ class Backbone(ABC):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """float32 in [0, 1]: images (B, 3, H, W), of a video model (B, frames, 3, H, W)."""
-        return self.decode_with_graph(latents)
+        return self.decode_by(self.pipeline.vae, latents)
 
-    @abstractmethod
     def decode_with_graph(self, latents: Tensor) -> Tensor:
-        """What `decode` returns, with a graph to the latents where gradients are enabled.
+        """What `decode` returns, with a graph to the latents where gradients are enabled; by the tiny decoder where
+        there is one.
 
         Pixels outside of [0, 1] are cut off and have no gradient.
         """
+        return self.decode_by(self.pipeline.vae if self.tiny_decoder is None else self.tiny_decoder, latents)
+
+    @abstractmethod
+    def decode_by(self, vae: Any, latents: Tensor) -> Tensor:
+        """What `decode` returns, of an autoencoder for this family's latents."""
+
+    def use_tiny_decoder(self, path: str) -> None:
+        """Decode with graphs by an `AutoencoderTiny` (TAESD and its kin), a folder or hub id, frozen.
+
+        Raises ConfigError for a family whose latents these do not decode, and for one that cannot be loaded or is of
+        other latents or images than the pipeline's own.
+        """
+        from diffusers import AutoencoderTiny
+
+        if not self.has_tiny_decoders:
+            raise ConfigError(f"{path}: an AutoencoderTiny does not decode the latents of {self.family}: leave it out")
+        try:
+            tiny: Any = AutoencoderTiny.from_pretrained(path, torch_dtype=self.pipeline.vae.dtype)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{path} could not be loaded as an AutoencoderTiny: {error}") from error
+        tiny = tiny.to(self.device).eval().requires_grad_(False)
+        theirs, ours = (tiny.config.latent_channels, self.pipeline.vae.config.latent_channels)
+        if theirs != ours:
+            raise ConfigError(f"{path} decodes latents of {theirs} channels, expected {ours} as {self.family} has")
+        latents = torch.zeros(1, *self.latent_shape, device=self.device)
+        with torch.no_grad():
+            made, expected = self.decode_by(tiny, latents).shape[1:], self.decode(latents).shape[1:]
+        if made != expected:
+            raise ConfigError(f"{path} makes images {tuple(made)} of latents that are images {tuple(expected)}")
+        self.tiny_decoder = tiny
 
     @property
     def frames(self) -> int | None:

@@ -100,8 +100,7 @@ class Flux1Backbone(Backbone):
             return_dict=False,
         )[0]
 
-    def decode_with_graph(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
+    def decode_by(self, vae: Any, latents: Tensor) -> Tensor:
         return decode_images(vae, unpack(latents, self._side) / vae.config.scaling_factor + vae.config.shift_factor)
 
     def rollout_sigmas(self, steps: int) -> Tensor:

@@ -37,6 +37,7 @@ class Flux2Backbone(Backbone):
     family = "flux2"
     lora_targets = tuple(f"attn.{name}" for name in (*_ATTENTION, *_FUSED))
     block_lists = ("transformer_blocks", "single_transformer_blocks")
+    has_tiny_decoders = False
 
     def __init__(self, pipeline: Any, options: LoadOptions) -> None:
         super().__init__(pipeline, options)
@@ -90,8 +91,7 @@ class Flux2Backbone(Backbone):
             return_dict=False,
         )[0]
 
-    def decode_with_graph(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
+    def decode_by(self, vae: Any, latents: Tensor) -> Tensor:
         deviation = (vae.bn.running_var.float() + vae.config.batch_norm_eps).sqrt()
         return decode_images(vae, unpack(latents * deviation + vae.bn.running_mean, self._side))
 

@@ -30,6 +30,7 @@ class QwenImageBackbone(Backbone):
     family = "qwen_image"
     lora_targets = tuple(f"attn.{name}" for name in _ATTENTION)
     block_lists = ("transformer_blocks",)
+    has_tiny_decoders = False
     guidance = "rescaled"
 
     def __init__(self, pipeline: Any, options: LoadOptions) -> None:
@@ -83,8 +84,8 @@ class QwenImageBackbone(Backbone):
         wanted = torch.linalg.vector_norm(conditional.float(), dim=-1, keepdim=True)
         return combined * (wanted / torch.linalg.vector_norm(combined, dim=-1, keepdim=True))
 
-    def decode_with_graph(self, latents: Tensor) -> Tensor:
-        vae, scale = self.pipeline.vae, self.pipeline.vae_scale_factor
+    def decode_by(self, vae: Any, latents: Tensor) -> Tensor:
+        scale = self.pipeline.vae_scale_factor
         pixels = self._tokens_a_side * _PATCH * scale
         unpacked = self.pipeline._unpack_latents(latents, pixels, pixels, scale).to(vae.dtype)  # (B, C, 1, H/8, W/8)
         mean, std = (

@@ -68,8 +68,7 @@ class SD3Backbone(Backbone):
             return_dict=False,
         )[0]
 
-    def decode_with_graph(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
+    def decode_by(self, vae: Any, latents: Tensor) -> Tensor:
         unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         return (vae.decode(unscaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 

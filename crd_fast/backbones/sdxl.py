@@ -120,8 +120,7 @@ class SDXLBackbone(Backbone):
         # the U-Net reads x_t divided by this
         return ((1 - sigma) ** 2 + sigma**2) ** 0.5
 
-    def decode_with_graph(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
+    def decode_by(self, vae: Any, latents: Tensor) -> Tensor:
         unscaled = latents.to(vae.dtype) / vae.config.scaling_factor
         return (vae.decode(unscaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 

@@ -26,6 +26,7 @@ class WanBackbone(Backbone):
     family = "wan"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     block_lists = ("blocks",)
+    has_tiny_decoders = False
 
     def __init__(self, pipeline: Any, options: LoadOptions) -> None:
         super().__init__(pipeline, options)
@@ -81,8 +82,7 @@ class WanBackbone(Backbone):
             return_dict=False,
         )[0]
 
-    def decode_with_graph(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
+    def decode_by(self, vae: Any, latents: Tensor) -> Tensor:
         mean, std = (
             torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)

@@ -91,8 +91,7 @@ class ZImageBackbone(Backbone):
     def linear_scale(self, guidance_scale: float) -> float:
         return 1 + guidance_scale
 
-    def decode_with_graph(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
+    def decode_by(self, vae: Any, latents: Tensor) -> Tensor:
         unscaled = latents.squeeze(2).to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         return (vae.decode(unscaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 

@@ -35,18 +35,6 @@ class Draw:
     def __len__(self) -> int:
         return len(self.t)
 
-    def rows(self, chosen: Tensor) -> Draw:
-        """Some of its samples. chosen: their indices, int64 on the CPU."""
-        there = chosen.to(self.z.device)
-        return Draw(
-            z=self.z[there],
-            eps=Seeds(self.eps.seed, self.eps.sample_ids[there]),
-            t=self.t[chosen],
-            shares=self.shares[chosen],
-            prompt_ids=self.prompt_ids[chosen],
-            conditioning=self.conditioning[there],
-        )
-
 
 def draw_step(
     recipe: DIDRRecipe, backbone: Backbone, conditioning: Conditioning, number: int, ranks: Ranks

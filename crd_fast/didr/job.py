@@ -92,8 +92,11 @@ class _Job:
                 origin = load_generator(recipe.generator.path, backbone, recipe.model, recipe.precision.dtype)
         if session.device.type == "cpu":
             keep_freed_memory()
+        if recipe.decode.tiny is not None:
+            with self.ranks.together("loading the tiny decoder"):
+                backbone.use_tiny_decoder(recipe.decode.tiny)
         if recipe.decode.recompute:
-            backbone.pipeline.vae.enable_gradient_checkpointing()
+            (backbone.tiny_decoder or backbone.pipeline.vae).enable_gradient_checkpointing()
         self.networks = Networks.build(recipe, backbone, origin)
         held_out = self.test_prompts.prompts if self.test_prompts is not None else ()
         embedded = embed_prompts(
@@ -126,7 +129,8 @@ class _Job:
         """What a reward lacks is better said now than after the TA has warmed up."""
         if self.reward is None:
             return
-        decoded = backbone.decode(torch.zeros(1, *backbone.latent_shape, device=self.session.device))
+        with torch.no_grad():
+            decoded = backbone.decode_with_graph(torch.zeros(1, *backbone.latent_shape, device=self.session.device))
         shades = torch.linspace(0.1, 0.9, decoded.shape[-1], device=decoded.device).expand(decoded.shape)
         self.reward.differentiable_scores(shades, self.prompts.prompts[:1], self.prompts.metadata[:1])
 

@@ -157,8 +157,9 @@ class TrainSettings:
 
     The first `ta_warmup` iterations are one step of Stage I alone. In the next `distil` the generator learns the
     reference without the reward. parameters: "lora", or "full" for all of the generator's and the TA's.
-    lr, ta_lr: of the two; both rise linearly over their first `warmup` steps. ema: decay a step of the generator that
-    is kept. checkpoint_every: epochs; max_skipped: optimiser steps in a row that may be skipped for NaN or infinity;
+    lr, ta_lr: of the two; both rise linearly over their first `warmup` steps, and fall linearly towards 0 over the last
+    `cooldown` of the run, a share of its iterations. ema: decay a step of the generator that is kept.
+    checkpoint_every: epochs; max_skipped: optimiser steps in a row that may be skipped for NaN or infinity;
     max_minutes: stop after the epoch that passes it; timeout_minutes: after which a rank that waits gives up.
     """
 
@@ -174,6 +175,7 @@ class TrainSettings:
     lr: float = 5e-5
     ta_lr: float = 5e-5
     warmup: int = 0
+    cooldown: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     max_grad_norm: float = 10.0
@@ -196,9 +198,19 @@ class TrainSettings:
         for name in ("lr", "ta_lr", "max_grad_norm", "timeout_minutes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: expected more than 0")
+        if not 0 <= self.cooldown <= 1:
+            raise ConfigError(f"train.cooldown is {self.cooldown}: expected a share of the run in [0, 1]")
         for name, values in (("betas", self.betas), ("ema", (self.ema,))):
             if not all(0 <= value < 1 for value in values):
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: expected values in [0, 1)")
+
+    def rate(self, step: int, iteration: int) -> float:
+        """What a learning rate is multiplied by, after so many steps of its network in so many iterations."""
+        rise = min(1.0, (step + 1) / max(self.warmup, 1))
+        if self.cooldown == 0:
+            return rise
+        total = self.epochs * self.steps
+        return rise * min(1.0, (total - iteration) / (self.cooldown * total))
 
     def micro_batches(self, ranks: int) -> int:
         """Micro-batches of one rank in a step. Raises ConfigError when `batch` does not divide into them."""
@@ -218,11 +230,13 @@ class DecodeSettings:
     """How pixels are made for the reward's gradient, the step's largest use of memory.
 
     micro_batch: samples decoded and rewarded at a time; recompute: their activations are computed again in the
-    backward pass instead of kept.
+    backward pass instead of kept. tiny: an `AutoencoderTiny` of diffusers, folder or hub id, that decodes instead of
+    the pipeline's autoencoder, for a fraction of its memory and time; images before and after are the pipeline's.
     """
 
     micro_batch: int = 1
     recompute: bool = True
+    tiny: str | None = None
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1:
@@ -287,18 +301,15 @@ class DIDRRecipe:
                 f"generator.lora is {self.generator.lora!r} but train.parameters is 'full', which has no adapter to "
                 "start from: merge it into the model first, or train a LoRA"
             )
-        if self.algorithm.reward_until < 1 and self.acceleration.compile:
-            raise ConfigError(
-                f"algorithm.reward_until is {self.algorithm.reward_until}, which makes batches of many sizes, and "
-                "acceleration.compile makes a graph for each: leave one of them out"
-            )
         if self.evaluation.suite is not None and self.data.test_prompts is None:
             raise ConfigError("evaluation.suite is set but data.test_prompts is not: name the held-out prompts")
 
     def check_resumed(self, directory: RunDirectory) -> None:
         """A resumed run must be the same run. Raises ConfigError naming the keys that differ."""
         saved = build_recipe(yaml.safe_load((directory / "config.yaml").read_text()), self.name)
-        check_equal(dump_recipe(saved), dump_recipe(self), _FREE)
+        # where the rates fall towards the run's end, its length is part of every step
+        free = [key for key in _FREE if key != "train.epochs" or not self.train.cooldown]
+        check_equal(dump_recipe(saved), dump_recipe(self), free)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> DIDRRecipe:

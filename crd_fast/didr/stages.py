@@ -9,6 +9,7 @@ prompts and their precision inside.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -159,6 +160,7 @@ def stage_two(
     config: DIDRConfig,
     unconditional: Predict | None = None,
     damping: Damping | None = None,
+    rewarded: Tensor | None = None,
 ) -> StageTwoOutput:
     """Stage II: the generator's loss. Gradients flow to the generator alone.
 
@@ -174,6 +176,8 @@ def stage_two(
         schedule: of t. config: `DIDRConfig`.
         unconditional: the reference's prediction for the empty prompt, called where guidance_scale is not 1.
         damping: of the reward's score, see `diffused_reward`.
+        rewarded: bool (B,) on the CPU, the samples that have a reward, which is called with these alone; None is all.
+            The others learn the reference as it is, and their reward is told as NaN.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, or no unconditional prediction where it is needed.
@@ -201,13 +205,15 @@ def stage_two(
         firsts.append((conditional.detach(), None if without is None else without.detach()))
         return schedule.to_x0(predicted, x, now)
 
-    diffused = reward if config.reward_at == "diffused" else None
-    rewarded = None
-    if diffused is not None:
-        rewarded = diffused_reward(
-            x_t, t, denoise, diffused, beta=config.beta, schedule=schedule, steps=steps, damping=damping
+    found = None
+    diffused = reward is not None and config.reward_at == "diffused"
+    if reward is not None and rewarded is not None:
+        reward = _reward_of_some(reward, rewarded, len(x0))
+    if reward is not None and diffused:
+        found = diffused_reward(
+            x_t, t, denoise, reward, beta=config.beta, schedule=schedule, steps=steps, damping=damping
         )
-        score = rewarded.score
+        score = found.score
     else:
         score = torch.zeros_like(x0)
     with torch.no_grad():
@@ -228,13 +234,32 @@ def stage_two(
         max_correction=config.max_correction,
     )
     loss = out.loss
-    if reward is not None and diffused is None:
-        rewarded = diffused_reward(x0.detach(), t, lambda x, _: x, reward, beta=config.beta, schedule=schedule)
-        loss = loss + _endpoint_loss(x0, rewarded, config.beta)
-    return StageTwoOutput(loss=loss, generator=out, reward=rewarded, x0=x0.detach())
+    if reward is not None and not diffused:
+        found = diffused_reward(x0.detach(), t, lambda x, _: x, reward, beta=config.beta, schedule=schedule)
+        loss = loss + _endpoint_loss(x0, found, config.beta)
+    if found is not None and rewarded is not None:
+        told = torch.where(rewarded.to(found.reward.device), found.reward, torch.nan)
+        found = dataclasses.replace(found, reward=told)
+    return StageTwoOutput(loss=loss, generator=out, reward=found, x0=x0.detach())
 
 
-def _endpoint_loss(x0: Tensor, rewarded: DiffusedReward, beta: float) -> Tensor:
+def _reward_of_some(reward: Reward, rewarded: Tensor, batch: int) -> Reward | None:
+    """The reward of the samples that have one and 0 of the others; None where there is none that has."""
+    checks.require_per_sample("rewarded", rewarded, batch, torch.device("cpu"), dtypes=(torch.bool,))
+    rows = rewarded.nonzero()[:, 0]
+    if not len(rows):
+        return None
+
+    def scored(latents: Tensor) -> Tensor:
+        there = rows.to(latents.device)
+        values = reward(latents[there])
+        checks.require_per_sample("reward(x0)", values, len(rows), latents.device)
+        return values.new_zeros(batch).index_copy(0, there, values)
+
+    return scored
+
+
+def _endpoint_loss(x0: Tensor, found: DiffusedReward, beta: float) -> Tensor:
     """-r(x0) / beta, mean over samples and elements as the divergence's loss is; only x0 gets a gradient."""
-    pull = rewarded.score * (x0 - x0.detach())  # zero, with the score as its slope
-    return -(pull.sum() + rewarded.reward.sum() / beta) / x0.numel()
+    pull = found.score * (x0 - x0.detach())  # zero, with the score as its slope
+    return -(pull.sum() + found.reward.sum() / beta) / x0.numel()

@@ -203,14 +203,11 @@ class DIDRTrainer:
         usable = torch.zeros((), dtype=torch.int64, device=self.networks.backbone.device)
         for number, draw in enumerate(draws):
             self.stop.check(self.ranks)
-            parts = self._parts(draw, reward)
-            for place, (part, its_reward) in enumerate(parts, start=1):
-                with self.phases.timed("stage_two"):
-                    out = self._generator_loss(part, its_reward)
-                    last = number + 1 == len(draws) and place == len(parts)
-                    self._backward(GENERATOR, out.loss * (len(part) / len(draw)), last)
-                usable += out.x0.numel() - out.generator.zeroed.sum()
-                log.add(part.shares, out)
+            with self.phases.timed("stage_two"):
+                out = self._generator_loss(draw, reward)
+                self._backward(GENERATOR, out.loss, last=number + 1 == len(draws))
+            usable += out.x0.numel() - out.generator.zeroed.sum()
+            log.add(draw.shares, out)
         if not self.ranks.any(int(usable) > 0):  # every element was replaced: its zeros are no direction
             self.optimizers[GENERATOR].skip()
             log.norms[GENERATOR].append(math.nan)
@@ -218,22 +215,14 @@ class DIDRTrainer:
             return False
         return self._step(GENERATOR, log, draws)
 
-    def _parts(self, draw: Draw, reward: DifferentiableReward | None) -> list[tuple[Draw, DifferentiableReward | None]]:
-        """A micro-batch as the samples that the reward sees and those at whose times it is left out."""
-        until = self.recipe.algorithm.reward_until
-        if reward is None or until >= 1.0 or self.config.reward_at == "endpoint":
-            return [(draw, reward)]
-        seen = draw.shares < until
-        parts = [(seen, reward), (~seen, None)]
-        return [(draw.rows(mask.nonzero()[:, 0]), its_reward) for mask, its_reward in parts if mask.any()]
-
     def _generator_loss(self, draw: Draw, reward: DifferentiableReward | None) -> StageTwoOutput:
-        unconditional = self.unconditional.expand(len(draw.t))
+        unconditional = self.unconditional.expand(len(draw))
+        rewarded = self._rewarded(draw)
         return stage_two(
             self._generate(draw),
             self._predict(TA, draw),
             self._predict(BASE, draw),
-            None if reward is None else self._scorer(reward, draw),
+            None if reward is None else self._scorer(reward, draw.prompt_ids[rewarded]),
             draw.z,
             draw.eps,
             draw.t,
@@ -241,10 +230,17 @@ class DIDRTrainer:
             config=self.config,
             unconditional=lambda x, t: self.networks.predict(BASE, x, t, unconditional),
             damping=self.damping,
+            rewarded=rewarded,
         )
 
-    def _scorer(self, reward: DifferentiableReward, draw: Draw) -> Any:
-        """Clean latents -> rewards (B,) with graph, decoded a few at a time."""
+    def _rewarded(self, draw: Draw) -> Tensor:
+        """Which samples the reward sees, bool (B,); the endpoint's sees all."""
+        if self.config.reward_at == "endpoint":
+            return torch.ones(len(draw), dtype=torch.bool)
+        return draw.shares <= self.recipe.algorithm.reward_until
+
+    def _scorer(self, reward: DifferentiableReward, prompt_ids: Tensor) -> Any:
+        """Clean latents of these prompts -> rewards (B,) with graph, decoded a few at a time."""
         settings, backbone = self.recipe.decode, self.networks.backbone
 
         def score(latents: Tensor, ids: list[int]) -> Tensor:
@@ -256,7 +252,7 @@ class DIDRTrainer:
         def score_all(latents: Tensor) -> Tensor:
             pieces = []
             for rows, ids in zip(
-                latents.split(settings.micro_batch), draw.prompt_ids.split(settings.micro_batch), strict=True
+                latents.split(settings.micro_batch), prompt_ids.split(settings.micro_batch), strict=True
             ):
                 if settings.recompute:
                     pieces.append(checkpoint(score, rows, ids.tolist(), use_reentrant=False))
@@ -288,7 +284,7 @@ class DIDRTrainer:
         train, optimizer = self.recipe.train, self.optimizers[slot]
         lr = train.lr if slot == GENERATOR else train.ta_lr
         with self.phases.timed("optimizer"):
-            norm = optimizer.step(self.ranks, lr * min(1.0, (optimizer.steps + 1) / max(train.warmup, 1)))
+            norm = optimizer.step(self.ranks, lr * train.rate(optimizer.steps, self.iteration))
         log.norms[slot].append(norm)
         self._guard(slot, draws)
         return math.isfinite(norm)

@@ -157,6 +157,43 @@ def test_stages_are_their_parts(schedule, guidance_scale, guided_estimate):
     torch.testing.assert_close(grad, want_grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize("reward_at", ["diffused", "endpoint"])
+def test_samples_without_a_reward_learn_the_reference(schedule, reward_at):
+    """As if the two kinds of samples had come in two batches."""
+    networks, z, eps, t = world(schedule)
+    config = DIDRConfig(beta=0.5, guidance_scale=4.0, reward_at=reward_at)
+    rewarded = torch.tensor([True, False, False, True, True, False])
+    asked = []
+
+    def counting(x0):
+        asked.append(len(x0))
+        return networks["reward"](x0)
+
+    def gradient(rows, reward, mask):
+        given = networks | {"reward": reward}
+        out = stage_two(**given, z=z[rows], eps=eps[rows], t=t[rows], schedule=schedule, config=config, rewarded=mask)
+        return out, torch.autograd.grad(out.loss, networks["generator"].layers[0].weight)[0]
+
+    out, together = gradient(torch.ones(6, dtype=torch.bool), counting, rewarded)
+    assert asked == [3]
+    assert torch.equal(out.reward.reward.isfinite(), rewarded) and (out.reward.score[~rewarded] == 0).all()
+    with_reward, some = gradient(rewarded, counting, None)
+    torch.testing.assert_close(out.reward.reward[rewarded], with_reward.reward.reward)
+    torch.testing.assert_close(together, (some + gradient(~rewarded, None, None)[1]) / 2, rtol=1e-4, atol=1e-6)
+
+    none, alone = gradient(~rewarded, counting, torch.zeros(3, dtype=torch.bool))
+    assert none.reward is None and asked == [3, 3]
+    assert torch.equal(alone, gradient(~rewarded, None, None)[1])
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(6), torch.ones(5, dtype=torch.bool), [True] * 6])
+def test_which_samples_have_a_reward_is_said_one_by_one(wrong):
+    networks, z, eps, t = world(FLOW)
+    with pytest.raises(ValueError, match=r"rewarded: expected shape \(6,\), bool, on cpu, got"):
+        stage_two(**networks, z=z, eps=eps, t=t, schedule=FLOW, config=DIDRConfig(beta=0.5), rewarded=wrong)
+
+
 @pytest.mark.parametrize(
     ("schedule", "kind"),
     [(FLOW, None), (FLOW, "eps"), (FLOW, "x0"), (SDXL, None), (SDXL, "x0")],

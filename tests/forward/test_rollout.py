@@ -71,7 +71,7 @@ class Flow(Backbone):
     def start_scale(self, steps: int) -> float:
         return self._scale
 
-    def decode_with_graph(self, latents: Tensor) -> Tensor:
+    def decode_by(self, vae: Any, latents: Tensor) -> Tensor:
         return latents
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -28,13 +29,19 @@ SEED = 90_000  # training draws its own from small seeds
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_judge", ROOT / "examples" / "shapes" / "train_judge.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_judge"] = module
-    spec.loader.exec_module(module)
-    return module
+def script() -> Iterator[ModuleType]:
+    """train_judge.py, which imports from its own folder as a script does."""
+    folder = str(ROOT / "examples" / "shapes")
+    sys.path.insert(0, folder)
+    yield importlib.import_module("train_judge")
+    sys.path.remove(folder)
+    del sys.modules["train_judge"], sys.modules["judge_images"]
+
+
+@pytest.fixture(scope="module")
+def bank(script: ModuleType) -> ModuleType:
+    """judge_images.py."""
+    return sys.modules["judge_images"]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +52,11 @@ def judge() -> Judge:
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     return backbones.load(str(ROOT / "models" / "shapes-sd3"))
+
+
+@pytest.fixture(scope="module")
+def generator(backbone: Backbone) -> Backbone:
+    return backbone.with_model(str(ROOT / "models" / "shapes-one-step"))
 
 
 def draw(count: int, seed: int) -> tuple[list[world.Metadata], Tensor, Tensor]:
@@ -109,6 +121,21 @@ def test_agrees_with_the_detector_on_samples_of_one_step(judge: Judge, script: M
     assert ranked >= 0.9
 
 
+def test_agrees_with_the_detector_on_a_one_step_generator(
+    judge: Judge, script: ModuleType, bank: ModuleType, backbone: Backbone, generator: Backbone
+) -> None:
+    """On its samples, and on those that were moved to please this judge, which it has not seen."""
+    entries, _, _ = draw(300, SEED + 9)
+    latents = bank.make_one_step(generator, entries, SEED + 9)
+    held, exact = verdicts(judge, backbone.decode(latents), entries)
+    assert 0.3 < exact.float().mean() < 0.7, "both verdicts should be common"
+    assert (held == exact).float().mean() >= 0.85
+    config = script.Training()
+    pushed = bank.make_pushed(judge, backbone, latents, entries, config.pushes, config.push).float() / 255
+    held, exact = verdicts(judge, pushed, entries)
+    assert (held == exact).float().mean() >= 0.7
+
+
 def test_the_right_scene_scores_higher_than_a_corrupted_one(judge: Judge) -> None:
     entries, right, wrong = draw(300, SEED + 3)
     asked = [facts(entry) for entry in entries]
@@ -126,10 +153,10 @@ def test_the_score_of_a_wrong_scene_still_has_a_gradient(judge: Judge) -> None:
     assert length.median() > 1e-3
 
 
-def test_ascent_on_a_blurred_scene_raises_the_score(judge: Judge, script: ModuleType) -> None:
+def test_ascent_on_a_blurred_scene_raises_the_score(judge: Judge, bank: ModuleType) -> None:
     entries, right, _ = draw(12, SEED + 5)
     asked = [facts(entry) for entry in entries]
-    start = script.blur(right, 3.0)
+    start = bank.blur(right, 3.0)
     images = start.clone().requires_grad_()
     for _ in range(20):
         (gradient,) = torch.autograd.grad(fact_scores(judge(images), asked)[0].sum(), images)
@@ -287,3 +314,50 @@ def test_replayed_images_have_moved_against_the_judge(script: ModuleType, judge:
         jittered = script.answer_loss(judge((right + attack * torch.randn_like(right).sign()).clamp(0, 1)), answers)
     assert moved.mean() > jittered.mean()
     assert moved.mean() < 4.0, "twelve questions answered at random cost about 16"
+
+
+def test_pushed_samples_please_the_judge_more(
+    judge: Judge, bank: ModuleType, backbone: Backbone, generator: Backbone
+) -> None:
+    """Some by one step, some by as many as there are; without length they stay where they are."""
+    entries, _, _ = draw(12, SEED + 10)
+    asked = [facts(entry) for entry in entries]
+    latents = bank.make_one_step(generator, entries, SEED + 10)
+    there, moved = (bank.make_pushed(judge, backbone, latents, entries, 3, length) for length in (0.0, 0.06))
+    assert torch.equal(there, bank.as_bytes(backbone.decode(latents)))
+    with torch.no_grad():
+        before, after = (fact_scores(judge(images.float() / 255), asked)[0] for images in (there, moved))
+    assert (after > before).float().mean() >= 0.7 and after.mean() > before.mean() + 0.1
+    changes = (moved.float() - there.float()).square().mean((1, 2, 3)).view(-1, 3).mean(0)
+    assert 0 < changes[0] < changes[1] < changes[2]
+
+
+def test_estimates_of_hardly_noised_samples_are_the_samples(
+    bank: ModuleType, backbone: Backbone, generator: Backbone
+) -> None:
+    entries, _, _ = draw(12, SEED + 11)
+    latents = bank.make_one_step(generator, entries, SEED + 11)
+    decoded = backbone.decode(latents)
+    near, far = (
+        (bank.make_estimates(backbone, latents, entries, latest, 3).float() / 255 - decoded).abs().mean()
+        for latest in (0.02, 0.9)
+    )
+    assert near < 0.02 < far
+
+
+def test_training_asks_twice_for_more_images(script: ModuleType) -> None:
+    """After a half and three quarters of the steps, of the judge as it is then."""
+    small = replace(script.Training(), steps=8, batch=8, replayed=3)
+    renders = script.make_renders(20, np.random.default_rng(3))
+    answers = script.targets(renders.float() / 255)
+    asked = []
+
+    def more(judge: Judge, number: int) -> tuple[Tensor, Tensor]:
+        asked.append((number, judge.training, judge.state_dict()["head.3.weight"].clone()))
+        return renders[:5], answers[:5]
+
+    trained = script.train(small, renders, answers, more)
+    assert [number for number, _, _ in asked] == [0, 1] and not any(training for _, training, _ in asked)
+    assert not torch.equal(asked[0][2], asked[1][2])
+    plain = script.train(small, renders, answers)
+    assert not torch.equal(trained.state_dict()["head.3.weight"], plain.state_dict()["head.3.weight"])
