@@ -80,12 +80,11 @@ class Training:
     pushes: int = 5  # steps at most
     push: float = 0.06  # length of one, of latents with unit variance
     pushed_weight: int = 3  # how often a pushed image counts
-    steps: int = 3200
+    cycles: tuple[tuple[int, float], ...] = ((3200, 3e-3), (2000, 1e-3))  # steps, and the learning rate they rise to
     batch: int = 48
     replayed: int = 14  # of a batch, seen before and moved against the judge
     attack: float = 10 / 255  # at most, in every pixel
     noise: float = 0.12
-    learning_rate: float = 3e-3
     weight_decay: float = 0.02
     checked: int = 600  # images of each kind for the agreement that is kept beside the weights
 
@@ -156,23 +155,34 @@ def answer_loss(log_probs: Tensor, answers: Tensor) -> Tensor:
 
 
 def train(config: Training, images: Tensor, answers: Tensor, more: MoreImages | None = None) -> Judge:
-    """more: asked for images after a half and three quarters of the steps."""
+    """A judge after all cycles. more: asked for images after a half and three quarters of the steps of each, which it
+    sees beside `images` until the cycle ends."""
     torch.manual_seed(config.seed)
-    generator = torch.Generator().manual_seed(config.seed + 1)
-    judge = Judge().to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.15
-    )
+    judge = Judge()
+    for number in range(len(config.cycles)):
+        train_cycle(config, judge, number, images, answers, more)
+    return judge
+
+
+def train_cycle(
+    config: Training, judge: Judge, number: int, images: Tensor, answers: Tensor, more: MoreImages | None = None
+) -> None:
+    """One cycle of `train`, in place: the learning rate rises and falls once. It depends on the judge's weights, not on
+    how they were made."""
+    steps, learning_rate = config.cycles[number]
+    generator = torch.Generator().manual_seed(config.seed + 1 + 1000 * number)
+    judge.to(memory_format=torch.channels_last).train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.15)
     fresh = config.batch - config.replayed
     order = torch.randperm(len(images), generator=generator)
     replay, replay_answers = None, None
     taken, smooth = 0, None
-    meter = Meter("training", config.steps, "steps")
-    rounds = [] if more is None else [config.steps // 2, config.steps * 3 // 4]
-    for step in range(config.steps):
+    meter = Meter(f"cycle {number + 1}", steps, "steps")
+    rounds = [steps // 2, steps * 3 // 4]
+    for step in range(steps):
         if more is not None and step in rounds:
-            found = more(judge.eval(), rounds.index(step))
+            found = more(judge.eval(), 2 * number + rounds.index(step))
             judge.train()
             images, answers = torch.cat([images, found[0]]), torch.cat([answers, found[1]])
             order, taken = torch.randperm(len(images), generator=generator), 0
@@ -197,7 +207,7 @@ def train(config: Training, images: Tensor, answers: Tensor, more: MoreImages | 
         replay_answers = wanted[: config.replayed]
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         meter(step + 1, f"loss {smooth:.3f}")
-    return judge.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+    judge.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
 
 def _augmented(images: Tensor, noise: float, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -290,7 +291,7 @@ def test_the_detectors_answers_are_those_of_the_scene(script: ModuleType) -> Non
 
 
 def test_training_repeats_bit_by_bit(script: ModuleType) -> None:
-    small = replace(script.Training(), steps=4, batch=8, replayed=3)
+    small = replace(script.Training(), cycles=((4, 3e-3), (2, 1e-3)), batch=8, replayed=3)
     renders = script.make_renders(20, np.random.default_rng(3))
     answers = script.targets(renders.float() / 255)
     first, second = (script.train(small, renders, answers).state_dict() for _ in range(2))
@@ -319,7 +320,7 @@ def test_replayed_images_have_moved_against_the_judge(script: ModuleType, judge:
 def test_pushed_samples_please_the_judge_more(
     judge: Judge, bank: ModuleType, backbone: Backbone, generator: Backbone
 ) -> None:
-    """Some by one step, some by as many as there are; without length they stay where they are."""
+    """Every third by one step, by two and by three; without length they stay where they are."""
     entries, _, _ = draw(12, SEED + 10)
     asked = [facts(entry) for entry in entries]
     latents = bank.make_one_step(generator, entries, SEED + 10)
@@ -328,8 +329,9 @@ def test_pushed_samples_please_the_judge_more(
     with torch.no_grad():
         before, after = (fact_scores(judge(images.float() / 255), asked)[0] for images in (there, moved))
     assert (after > before).float().mean() >= 0.7 and after.mean() > before.mean() + 0.1
-    changes = (moved.float() - there.float()).square().mean((1, 2, 3)).view(-1, 3).mean(0)
-    assert 0 < changes[0] < changes[1] < changes[2]
+    once = bank.make_pushed(judge, backbone, latents, entries, 1, 0.06)
+    same = (once == moved).flatten(1).all(1)
+    assert same[0::3].all() and not same[1::3].any() and not same[2::3].any()
 
 
 def test_estimates_of_hardly_noised_samples_are_the_samples(
@@ -342,12 +344,12 @@ def test_estimates_of_hardly_noised_samples_are_the_samples(
         (bank.make_estimates(backbone, latents, entries, latest, 3).float() / 255 - decoded).abs().mean()
         for latest in (0.02, 0.9)
     )
-    assert near < 0.02 < far
+    assert 5 * near < far
 
 
-def test_training_asks_twice_for_more_images(script: ModuleType) -> None:
-    """After a half and three quarters of the steps, of the judge as it is then."""
-    small = replace(script.Training(), steps=8, batch=8, replayed=3)
+def test_training_asks_twice_a_cycle_for_more_images(script: ModuleType) -> None:
+    """After a half and three quarters of its steps, of the judge as it is then."""
+    small = replace(script.Training(), cycles=((8, 3e-3), (4, 1e-3)), batch=8, replayed=3)
     renders = script.make_renders(20, np.random.default_rng(3))
     answers = script.targets(renders.float() / 255)
     asked = []
@@ -357,7 +359,21 @@ def test_training_asks_twice_for_more_images(script: ModuleType) -> None:
         return renders[:5], answers[:5]
 
     trained = script.train(small, renders, answers, more)
-    assert [number for number, _, _ in asked] == [0, 1] and not any(training for _, training, _ in asked)
-    assert not torch.equal(asked[0][2], asked[1][2])
+    assert [number for number, _, _ in asked] == [0, 1, 2, 3] and not any(training for _, training, _ in asked)
+    assert all(not torch.equal(first[2], then[2]) for first, then in itertools.pairwise(asked))
     plain = script.train(small, renders, answers)
     assert not torch.equal(trained.state_dict()["head.3.weight"], plain.state_dict()["head.3.weight"])
+
+
+def test_a_cycle_depends_on_the_weights_alone(script: ModuleType) -> None:
+    """So a judge can be trained further from its file."""
+    both = replace(script.Training(), cycles=((3, 3e-3), (2, 1e-3)), batch=8, replayed=3)
+    renders = script.make_renders(20, np.random.default_rng(3))
+    answers = script.targets(renders.float() / 255)
+    whole = script.train(both, renders, answers).state_dict()
+    first = script.train(replace(both, cycles=both.cycles[:1]), renders, answers).state_dict()
+    torch.manual_seed(99)
+    continued = Judge()
+    continued.load_state_dict(first)
+    script.train_cycle(both, continued, 1, renders, answers)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in continued.state_dict().items())
