@@ -109,6 +109,10 @@ class Judge(nn.Module):
         self.register_buffer("places", torch.stack(torch.meshgrid(places, places, indexing="xy")), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        return log_probabilities(self.read(images))
+
+    def read(self, images: Tensor) -> Tensor:
+        """What `log_probabilities` takes, (B, OUTCOMES)."""
         check_pictures(images)
         # leaves autocast, which would round what the gradient needs
         with torch.autocast(images.device.type, enabled=False):
@@ -116,9 +120,16 @@ class Judge(nn.Module):
             features = torch.cat([features, self.places.expand(len(images), -1, -1, -1)], 1)
             maps = self.maps(features).sigmoid().flatten(2)  # (B, M, 64)
             parts = self.parts(features).flatten(2)  # (B, D, 64)
-            logits = self.head((maps @ parts.mT).flatten(1))
-            logits = LOGIT_CAP * torch.tanh(logits / LOGIT_CAP)
-            return torch.cat([group.log_softmax(-1) for group in logits.split(SIZES, -1)], -1)
+            return self.head((maps @ parts.mT).flatten(1))
+
+
+def log_probabilities(read: Tensor) -> Tensor:
+    """Log-probabilities (B, OUTCOMES) of what a judge has read: the softmax of each question's logits, capped softly.
+
+    Two outcomes far beyond the cap look alike and have no gradient, so training keeps them near it.
+    """
+    logits = LOGIT_CAP * torch.tanh(read / LOGIT_CAP)
+    return torch.cat([group.log_softmax(-1) for group in logits.split(SIZES, -1)], -1)
 
 
 def check_pictures(images: Tensor) -> None:

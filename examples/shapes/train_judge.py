@@ -55,7 +55,7 @@ from crd_fast.backbones.base import Backbone
 from crd_fast.rewards.geneval import evaluate
 from crd_fast.rewards.shapes import detect_shapes
 from crd_fast.shapes import world
-from crd_fast.shapes.judge import SIZES, WEIGHTS, Judge, fact_scores, facts
+from crd_fast.shapes.judge import LOGIT_CAP, SIZES, WEIGHTS, Judge, fact_scores, facts, log_probabilities
 
 MoreImages = Callable[[Judge, int], tuple[Tensor, Tensor]]
 """(the judge so far, how often it was asked before) -> images uint8 (N, 3, 64, 64) and answers (N, 12)."""
@@ -80,7 +80,8 @@ class Training:
     pushes: int = 5  # steps at most
     push: float = 0.06  # length of one, of latents with unit variance
     pushed_weight: int = 3  # how often a pushed image counts
-    cycles: tuple[tuple[int, float], ...] = ((3200, 3e-3), (2000, 1e-3))  # steps, and the learning rate they rise to
+    cycles: tuple[tuple[int, float], ...] = ((3200, 3e-3), (1600, 1e-3))  # steps, and the learning rate they rise to
+    held: float = 1.0  # weight of what holds logits near the cap
     batch: int = 48
     replayed: int = 14  # of a batch, seen before and moved against the judge
     attack: float = 10 / 255  # at most, in every pixel
@@ -195,7 +196,9 @@ def train_cycle(
         if replay is not None:
             batch, wanted = torch.cat([batch, replay]), torch.cat([wanted, replay_answers])
         batch = batch.contiguous(memory_format=torch.channels_last).requires_grad_()
-        loss = answer_loss(judge(batch), wanted).mean()
+        read = judge.read(batch)
+        beyond = (read.abs() / LOGIT_CAP - 1).clamp(min=0)  # where the cap takes the gradient away
+        loss = answer_loss(log_probabilities(read), wanted).mean() + config.held * beyond.square().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
