@@ -35,6 +35,7 @@ STYLE = """
 .trio { grid-template-columns: repeat(3, 1fr); }
 .pairs { grid-template-columns: repeat(auto-fill, minmax(min(100%, 225px), 1fr)); }
 figcaption i { font-style: normal; }
+.tile b { white-space: normal; }
 """
 _TITLES = {"geneval_strict": "Strict score", "ocr": "OCR score", "geneval_soft": "Soft score"}
 

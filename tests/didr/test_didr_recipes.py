@@ -59,7 +59,7 @@ def test_the_shapes_recipe_scores_its_suite(
     """From the base itself: one-step images beside the reference's, and beta is measured where none is set."""
     monkeypatch.chdir(ROOT)
     run = tmp_path / "run"
-    few = [*SMALL, "evaluation.images=2", "generator.path=null", "algorithm.beta=null"]
+    few = [*SMALL, "evaluation.images=2", "generator.path=null", "algorithm.beta=null", "train.cooldown=0"]
     didr(ROOT / "recipes" / "shapes_didr.yaml", f"run.dir={run}", *few)
     summary = json.loads((run / "summary.json").read_text())
     for side in ("before", "reference", "after"):
