@@ -212,9 +212,15 @@ class Backbone(ABC):
         if not self.has_tiny_decoders:
             raise ConfigError(f"{path}: an AutoencoderTiny does not decode the latents of {self.family}: leave it out")
         try:
-            tiny: Any = AutoencoderTiny.from_pretrained(path, torch_dtype=self.pipeline.vae.dtype)
-        except (OSError, ValueError, RuntimeError) as error:
+            loaded: Any = AutoencoderTiny.from_pretrained(
+                path, torch_dtype=self.pipeline.vae.dtype, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise ConfigError(f"{path} could not be loaded as an AutoencoderTiny: {error}") from error
+        tiny, found = loaded
+        lacking = sorted(name for name in found["missing_keys"] if name.startswith("decoder."))
+        if lacking:  # diffusers fills them at random
+            raise ConfigError(f"{path} lacks {len(lacking)} tensors of an AutoencoderTiny's decoder, as {lacking[0]}")
         tiny = tiny.to(self.device).eval().requires_grad_(False)
         theirs, ours = (tiny.config.latent_channels, self.pipeline.vae.config.latent_channels)
         if theirs != ours:

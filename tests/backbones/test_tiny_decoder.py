@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crd_fast import backbones
@@ -95,6 +96,18 @@ def test_decoders_of_other_latents(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         sd3.use_tiny_decoder(str(tiny(tmp_path / "tiny", **settings)))
+    assert sd3.tiny_decoder is None
+
+
+def test_a_decoder_that_lacks_tensors(sd3: backbones.Backbone, tmp_path: Path) -> None:
+    """diffusers would fill them at random."""
+    file = tiny(tmp_path / "tiny") / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = sorted(key for key in tensors if key.startswith("decoder."))[0]
+    del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=f"lacks 1 tensors of an AutoencoderTiny's decoder, as {name}"):
+        sd3.use_tiny_decoder(str(file.parent))
     assert sd3.tiny_decoder is None
 
 
