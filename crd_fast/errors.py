@@ -41,7 +41,11 @@ class NonFiniteError(CrdFastError, FloatingPointError):
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the valid name closest to `name`, or the list of valid names."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean '{close[0]}'?"
-    return f"; valid names: {', '.join(names)}" if names else ""
+    listed = f"; valid names: {', '.join(names)}" if names else ""
+    return did_you_mean(name, names) or listed
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the valid name closest to `name`, nothing where none is close."""
+    close = difflib.get_close_matches(name, sorted(valid), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""

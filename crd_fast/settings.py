@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from crd_fast.errors import ConfigError, nearest
+from crd_fast.errors import ConfigError, did_you_mean, nearest
 
 # a type hint -> what makes a value of it, given the YAML value and where it stands
 Converters = Mapping[Any, Callable[[Any, str], Any]]
@@ -137,6 +137,31 @@ def _number(value: Any, where: str) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise ConfigError(f"{where} is {value!r}: expected a number") from None
+
+
+def require_at_least(least: int, section: str, settings: Any, *names: str) -> None:
+    """Raises ConfigError, naming `section.name`, for the first of these fields that is below `least`."""
+    for name in names:
+        value = getattr(settings, name)
+        if value < least:
+            expected = f"at least {least}" if least else "0 or more"
+            raise ConfigError(f"{section}.{name} is {value}: expected {expected}")
+
+
+def require_positive(section: str, settings: Any, *names: str) -> None:
+    """Raises ConfigError for the first of these fields that is not above 0."""
+    for name in names:
+        value = getattr(settings, name)
+        if not value > 0:
+            raise ConfigError(f"{section}.{name} is {value}: expected more than 0")
+
+
+def require_known(section: str, settings: Any, name: str, known: Sequence[str]) -> None:
+    """Raises ConfigError, with the known values and the nearest of them, for a field that is none of them."""
+    value = getattr(settings, name)
+    if value not in known:
+        expected = ", ".join(map(repr, known))
+        raise ConfigError(f"{section}.{name} is {value!r}: expected one of {expected}{did_you_mean(value, known)}")
 
 
 def without_defaults(value: Any) -> dict[str, Any]:

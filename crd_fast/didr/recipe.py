@@ -16,11 +16,17 @@ from crd_fast.didr.stages import REWARDS_AT, DIDRConfig
 from crd_fast.didr.timesteps import STRATEGIES
 from crd_fast.errors import ConfigError, nearest
 from crd_fast.rewards import registry
-from crd_fast.training.config import AccelerationSettings, DataSettings, ModelSettings, RunSettings
+from crd_fast.training.config import (
+    DTYPES,
+    PARAMETERS,
+    AccelerationSettings,
+    DataSettings,
+    ModelSettings,
+    RunSettings,
+    check_evaluation,
+)
 from crd_fast.training.resume import check_equal
 from crd_fast.training.run_directory import RunDirectory
-
-PARAMETERS = ("lora", "full")
 
 # Settings that a resumed run may change: they say how long, or how work is cut, not what.
 _FREE = (
@@ -103,26 +109,18 @@ class AlgorithmSettings:
     high: float = 0.98
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("weighting", WEIGHTINGS),
-            ("reward_at", REWARDS_AT),
-            ("timestep_strategy", STRATEGIES),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ConfigError(f"algorithm.{name} is {value!r}: expected one of {known}{nearest(value, known)}")
+        settings.require_known("algorithm", self, "weighting", WEIGHTINGS)
+        settings.require_known("algorithm", self, "reward_at", REWARDS_AT)
+        settings.require_known("algorithm", self, "timestep_strategy", STRATEGIES)
         if self.beta_prompts < 1 or self.beta_images < 2:
             raise ConfigError(
                 f"algorithm.beta_prompts {self.beta_prompts} and algorithm.beta_images {self.beta_images}: expected at "
                 "least 1 and 2, images of one prompt are compared"
             )
-        for name in ("beta_share", "timestep_std", "timestep_shift", "variance"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"algorithm.{name} is {getattr(self, name)}: expected more than 0")
+        settings.require_positive("algorithm", self, "beta_share", "timestep_std", "timestep_shift", "variance")
         if not 0 < self.reward_until <= 1:
             raise ConfigError(f"algorithm.reward_until is {self.reward_until}: expected a share in (0, 1]")
-        if self.curvature < 0:
-            raise ConfigError(f"algorithm.curvature is {self.curvature}: expected 0 or more")
+        settings.require_at_least(0, "algorithm", self, "curvature")
         if not 0 < self.low < self.high < 1:
             raise ConfigError(f"algorithm.low {self.low} and algorithm.high {self.high}: expected 0 < low < high < 1")
         self.stage_two(1.0 if self.beta is None else self.beta, guidance_scale=1.0, split=self.split)
@@ -186,18 +184,11 @@ class TrainSettings:
     timeout_minutes: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.parameters not in PARAMETERS:
-            raise ConfigError(f"train.parameters is {self.parameters!r}{nearest(self.parameters, PARAMETERS)}")
+        settings.require_known("train", self, "parameters", PARAMETERS)
         counts = ("epochs", "steps", "batch", "micro_batch", "ta_ratio", "checkpoint_every", "keep_checkpoints")
-        for name in (*counts, "max_skipped"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}: expected at least 1")
-        for name in ("ta_warmup", "distil", "warmup", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}: expected 0 or more")
-        for name in ("lr", "ta_lr", "max_grad_norm", "timeout_minutes"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}: expected more than 0")
+        settings.require_at_least(1, "train", self, *counts, "max_skipped")
+        settings.require_at_least(0, "train", self, "ta_warmup", "distil", "warmup", "weight_decay")
+        settings.require_positive("train", self, "lr", "ta_lr", "max_grad_norm", "timeout_minutes")
         if not 0 <= self.cooldown <= 1:
             raise ConfigError(f"train.cooldown is {self.cooldown}: expected a share of the run in [0, 1]")
         for name, values in (("betas", self.betas), ("ema", (self.ema,))):
@@ -239,8 +230,7 @@ class DecodeSettings:
     tiny: str | None = None
 
     def __post_init__(self) -> None:
-        if self.micro_batch < 1:
-            raise ConfigError(f"decode.micro_batch is {self.micro_batch}: expected at least 1")
+        settings.require_at_least(1, "decode", self, "micro_batch")
 
 
 @dataclass(frozen=True)
@@ -250,8 +240,7 @@ class PrecisionSettings:
     dtype: str = "bf16"
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("fp32", "bf16"):
-            raise ConfigError(f"precision.dtype is {self.dtype!r}: expected 'fp32' or 'bf16'")
+        settings.require_known("precision", self, "dtype", DTYPES)
 
 
 @dataclass(frozen=True)
@@ -269,11 +258,7 @@ class EvaluationSettings:
     batch: int = 16
 
     def __post_init__(self) -> None:
-        if self.suite not in (None, "shapes"):
-            raise ConfigError(f"evaluation.suite is {self.suite!r}{nearest(str(self.suite), ['shapes'])}")
-        for name in ("images", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"evaluation.{name} is {getattr(self, name)}: expected at least 1")
+        check_evaluation(self)
 
 
 @dataclass(frozen=True)

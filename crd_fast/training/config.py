@@ -15,6 +15,7 @@ from crd_fast.acceleration.attention import BACKENDS
 from crd_fast.acceleration.precision import FP8, ROLES
 from crd_fast.acceleration.recompute import MODES
 from crd_fast.errors import ConfigError, nearest
+from crd_fast.forward_process import TIMESTEP_STRATEGIES
 from crd_fast.losses.config import CRDConfig
 from crd_fast.rewards import registry
 from crd_fast.rewards.aggregate import RewardSpec
@@ -23,6 +24,8 @@ from crd_fast.snapshots import DecaySchedule
 
 PARAMETERS = ("lora", "full")
 SHARDING = ("replicate", "fsdp", "hsdp")
+DTYPES = ("fp32", "bf16")  # of models
+SUITES = ("shapes",)
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,8 @@ class RolloutSettings:
     scored_frames: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "decode_batch", "scored_frames"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"rollout.{name} is {getattr(self, name)}: expected at least 1")
-        if self.solver not in SOLVERS:
-            raise ConfigError(f"rollout.solver is {self.solver!r}{nearest(self.solver, SOLVERS)}")
+        settings.require_at_least(1, "rollout", self, "steps", "batch", "decode_batch", "scored_frames")
+        settings.require_known("rollout", self, "solver", SOLVERS)
 
 
 @dataclass(frozen=True)
@@ -173,31 +173,17 @@ class TrainSettings:
     max_skipped: int = 5
 
     def __post_init__(self) -> None:
-        for name in (
-            "epochs",
-            "groups",
-            "micro_batch",
-            "updates",
-            "inner_epochs",
-            "timesteps",
-            "checkpoint_every",
-            "keep_checkpoints",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}: expected at least 1")
-        for name in ("warmup", "cooldown"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}: expected 0 or more")
+        counts = ("epochs", "groups", "micro_batch", "updates", "inner_epochs", "timesteps")
+        settings.require_at_least(1, "train", self, *counts, "checkpoint_every", "keep_checkpoints", "max_skipped")
+        settings.require_at_least(0, "train", self, "warmup", "cooldown", "weight_decay")
+        settings.require_positive(
+            "train", self, "timestep_std", "timestep_shift", "lr", "max_grad_norm", "timeout_minutes"
+        )
+        settings.require_known("train", self, "parameters", PARAMETERS)
+        settings.require_known("train", self, "sharding", SHARDING)
+        settings.require_known("train", self, "timestep_strategy", TIMESTEP_STRATEGIES)
         if self.group_size < 2:
             raise ConfigError(f"train.group_size is {self.group_size}: expected at least 2, samples are compared in it")
-        if self.lr <= 0 or self.max_grad_norm <= 0:
-            raise ConfigError(f"train.lr {self.lr} and train.max_grad_norm {self.max_grad_norm}: expected more than 0")
-        if self.parameters not in PARAMETERS:
-            raise ConfigError(f"train.parameters is {self.parameters!r}{nearest(self.parameters, PARAMETERS)}")
-        if self.sharding not in SHARDING:
-            raise ConfigError(f"train.sharding is {self.sharding!r}{nearest(self.sharding, SHARDING)}")
-        if self.timeout_minutes <= 0:
-            raise ConfigError(f"train.timeout_minutes is {self.timeout_minutes}: expected more than 0")
         if self.fixed_noise and self.inner_epochs == 1:
             raise ConfigError("train.fixed_noise keeps the noise of earlier passes: it needs train.inner_epochs > 1")
         pairs = self.groups * self.timesteps
@@ -224,8 +210,7 @@ class PrecisionSettings:
     rollout: str | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("fp32", "bf16"):
-            raise ConfigError(f"precision.dtype is {self.dtype!r}: expected 'fp32' or 'bf16'")
+        settings.require_known("precision", self, "dtype", DTYPES)
         for role in ROLES:
             if getattr(self, role) not in (None, self.dtype, FP8):
                 raise ConfigError(
@@ -256,11 +241,8 @@ class AccelerationSettings:
     recompute: str = "off"
 
     def __post_init__(self) -> None:
-        for name, known in (("attention", BACKENDS), ("recompute", MODES)):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"acceleration.{name} is {getattr(self, name)!r}{nearest(getattr(self, name), known)}"
-                )
+        settings.require_known("acceleration", self, "attention", BACKENDS)
+        settings.require_known("acceleration", self, "recompute", MODES)
 
 
 @dataclass(frozen=True)
@@ -279,8 +261,14 @@ class EvaluationSettings:
     batch: int = 64
 
     def __post_init__(self) -> None:
-        if self.suite not in (None, "shapes"):
-            raise ConfigError(f"evaluation.suite is {self.suite!r}{nearest(str(self.suite), ['shapes'])}")
+        check_evaluation(self)
+
+
+def check_evaluation(evaluation: Any) -> None:
+    """What the evaluations of both kinds of run have in common. Raises ConfigError."""
+    if evaluation.suite is not None:
+        settings.require_known("evaluation", evaluation, "suite", SUITES)
+    settings.require_at_least(1, "evaluation", evaluation, "images", "steps", "batch")
 
 
 @dataclass(frozen=True)
