@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from crd_fast.backbones.base import Backbone, Conditioning
 from crd_fast.errors import nearest
 from crd_fast.ranks import Ranks
-from crd_fast.snapshots import BASE, SLOTS, TRAINED, ParameterSets, Rows, check_slots
+from crd_fast.snapshots import BASE, SLOTS, TRAINED, ParameterSets, Rows, check_slots, local_part
 
 
 class FullCopies(ParameterSets):
@@ -95,6 +95,13 @@ class FullCopies(ParameterSets):
         check_slots([(slot, 0)], (*self.slots, BASE))
         with self._running(backbone, slot), torch.no_grad():
             yield
+
+    @torch.no_grad()
+    def towards_base(self, slot: str, share: float) -> None:
+        self._check_towards_base(slot, share)
+        for own, theirs in zip(self.modules[slot].parameters(), self.modules[BASE].parameters(), strict=True):
+            kept = local_part(own)
+            kept.lerp_(local_part(theirs).to(kept.dtype), share)
 
     def before_backward(self, last: bool, slot: str = TRAINED) -> None:
         if self.sharded:

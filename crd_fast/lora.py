@@ -207,6 +207,12 @@ class LoRABank(ParameterSets):
         with self.use(slot), torch.no_grad():
             yield
 
+    @torch.no_grad()
+    def towards_base(self, slot: str, share: float) -> None:
+        self._check_towards_base(slot, share)
+        for layer in self._layers.values():
+            layer.pair(slot)[1].mul_(1 - share)
+
     def save(self, backbone: Backbone, folder: Path, slot: str = TRAINED) -> None:
         """`pytorch_lora_weights.safetensors`, for the pipeline's `load_lora_weights`."""
         backbone.save_lora(str(folder), self.export(slot))

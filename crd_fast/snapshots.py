@@ -107,14 +107,26 @@ class ParameterSets(ABC):
         snapshots = tuple(name for name in self.slots if name not in self.trained)
         if slot not in snapshots or not 0 <= decay <= 1:
             raise ValueError(f"snapshot {slot!r} with decay {decay}: expected one of {snapshots} and 0 <= decay <= 1")
-        trained, kept = ([_local(p) for p in self.tensors(name)] for name in (source, slot))
+        trained, kept = ([local_part(p) for p in self.tensors(name)] for name in (source, slot))
         if decay == 0:
             torch._foreach_copy_(kept, trained)
         else:
             torch._foreach_lerp_(kept, trained, 1 - decay)
 
+    @abstractmethod
+    def towards_base(self, slot: str, share: float) -> None:
+        """Move a slot this share of the straight way to the base, in place: 0 leaves it, 1 is the base.
 
-def _local(parameter: Tensor) -> Tensor:
+        Less of what training changed, good and bad alike (WiSE-FT, arXiv 2109.01903; the last stage of WARP, arXiv
+        2406.16768). Raises ValueError for an unknown slot or a share that is not in [0, 1].
+        """
+
+    def _check_towards_base(self, slot: str, share: float) -> None:
+        if slot not in self.slots or not 0 <= share <= 1:
+            raise ValueError(f"slot {slot!r}, share {share}: expected one of {self.slots} and a share in [0, 1]")
+
+
+def local_part(parameter: Tensor) -> Tensor:
     """This rank's own part: the slots are sharded alike, so snapshots move shard by shard."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
 

@@ -181,6 +181,8 @@ class _Job:
         self._evaluate("before", lambda ids, done: self.painter.one_step(GENERATOR, ids, done))
         self._evaluate("reference", self.painter.many_steps)
         loop.run()
+        if train.towards_start:
+            self.networks.own.towards_base(EMA, train.towards_start)
         if self.ranks.first or not self.networks.light:
             self._save(self.directory / FOLDERS[train.parameters])
         self._evaluate("after", lambda ids, done: self.painter.one_step(EMA, ids, done))

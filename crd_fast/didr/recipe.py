@@ -28,7 +28,7 @@ from crd_fast.training.config import (
 from crd_fast.training.resume import check_equal
 from crd_fast.training.run_directory import RunDirectory
 
-# Settings that a resumed run may change: they say how long, or how work is cut, not what.
+# Settings that a resumed run may change: they say how long, how work is cut, or what is kept at the end.
 _FREE = (
     "train.epochs",
     "train.max_minutes",
@@ -36,6 +36,7 @@ _FREE = (
     "train.keep_checkpoints",
     "train.micro_batch",
     "train.timeout_minutes",
+    "train.towards_start",
     "decode.micro_batch",
     "decode.recompute",
     "run.dir",
@@ -157,6 +158,8 @@ class TrainSettings:
     reference without the reward. parameters: "lora", or "full" for all of the generator's and the TA's.
     lr, ta_lr: of the two; both rise linearly over their first `warmup` steps, and fall linearly towards 0 over the last
     `cooldown` of the run, a share of its iterations. ema: decay a step of the generator that is kept.
+    towards_start: share of the way back to the start by which that average is moved at the end of the run, when nothing
+    is trained any more: gives up some of the reward for more of the distance that it cost (WARP, arXiv 2406.16768).
     checkpoint_every: epochs; max_skipped: optimiser steps in a row that may be skipped for NaN or infinity;
     max_minutes: stop after the epoch that passes it; timeout_minutes: after which a rank that waits gives up.
     """
@@ -174,6 +177,7 @@ class TrainSettings:
     ta_lr: float = 5e-5
     warmup: int = 0
     cooldown: float = 0.0
+    towards_start: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     max_grad_norm: float = 10.0
@@ -191,6 +195,8 @@ class TrainSettings:
         settings.require_positive("train", self, "lr", "ta_lr", "max_grad_norm", "timeout_minutes")
         if not 0 <= self.cooldown <= 1:
             raise ConfigError(f"train.cooldown is {self.cooldown}: expected a share of the run in [0, 1]")
+        if not 0 <= self.towards_start < 1:
+            raise ConfigError(f"train.towards_start is {self.towards_start}: expected a share of the way in [0, 1)")
         for name, values in (("betas", self.betas), ("ema", (self.ema,))):
             if not all(0 <= value < 1 for value in values):
                 raise ConfigError(f"train.{name} is {getattr(self, name)}: expected values in [0, 1)")
@@ -285,6 +291,11 @@ class DIDRRecipe:
             raise ConfigError(
                 f"generator.lora is {self.generator.lora!r} but train.parameters is 'full', which has no adapter to "
                 "start from: merge it into the model first, or train a LoRA"
+            )
+        if self.generator.lora is not None and self.train.towards_start:
+            raise ConfigError(
+                f"train.towards_start is {self.train.towards_start} but generator.lora is {self.generator.lora!r}: the "
+                "way to an adapter is no adapter of the same rank. Merge it into the model first, or leave it at 0"
             )
         if self.evaluation.suite is not None and self.data.test_prompts is None:
             raise ConfigError("evaluation.suite is set but data.test_prompts is not: name the held-out prompts")

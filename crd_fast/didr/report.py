@@ -73,7 +73,8 @@ def _about(found: DIDRRun) -> list[str]:
     """What tells runs of one recipe apart."""
     about = [f"reward {found.reward}"] if found.reward else []
     about += [f"beta {number(found.beta)}"] if found.beta is not None else []
-    return about + ([f"reward at {found.reward_at}"] if found.reward_at else [])
+    about += [f"reward at {found.reward_at}"] if found.reward_at else []
+    return about + ([f"moved {score(found.towards_start)} back to the start"] if found.towards_start else [])
 
 
 def _steps(found: DIDRRun) -> str:

@@ -27,7 +27,8 @@ class DIDRRun:
     """A run, and what its config.yaml says of it; None where that is not known.
 
     run: its summary has the sides that were evaluated, also where the run is not finished. beta: as measured or set.
-    suite: whether images were judged by a suite, which has tasks, and not by the reward alone.
+    towards_start: share of the way back to the start that the result was moved. suite: whether images were judged by a
+    suite, which has tasks, and not by the reward alone.
     """
 
     run: Run
@@ -35,6 +36,7 @@ class DIDRRun:
     beta: float | None
     reward_at: str | None
     steps: int | None
+    towards_start: float | None
 
     @property
     def suite(self) -> bool:
@@ -58,6 +60,7 @@ def read_didr_run(run_dir: Path) -> DIDRRun:
         beta=finite(measured.get("beta")) if beta is None else beta,
         reward_at=None if reward_at is None else str(reward_at),
         steps=steps if isinstance(steps, int) else None,
+        towards_start=finite(_section(config, "train").get("towards_start")),
     )
 
 

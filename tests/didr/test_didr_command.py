@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from crd_fast.didr import trainer as trainer_module
+from crd_fast.didr.recipe import load_recipe
+from crd_fast.errors import ConfigError
 from crd_fast.evaluation.pictures import read_image
 from crd_fast.evaluation.shapes_suite import FIRST_SAMPLE_ID
 from crd_fast.rollout import initial_noise
@@ -216,6 +219,28 @@ def test_sigterm_leaves_a_run_that_continues(
     monkeypatch.setattr(trainer_module, "draw_step", draw_step)
     didr(world / "sd3.yaml", f"run.dir={run}", "--resume")
     assert rows(run) == rows(finished["sd3"]) and same_adapters(run, finished["sd3"])
+
+
+def test_a_finished_run_is_moved_back_towards_its_start(world: Path, finished: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing is trained again, the images after are those of the moved adapter, and it can be undone."""
+    run = tmp_path / "run"
+    shutil.copytree(finished["sd3"], run)
+    didr(world / "sd3.yaml", f"run.dir={run}", "--resume", "train.towards_start=0.5")
+    assert rows(run) == rows(finished["sd3"])
+    moved, whole = load_file(run / ADAPTER), load_file(finished["sd3"] / ADAPTER)
+    for name, tensor in whole.items():
+        assert torch.equal(moved[name], tensor / 2 if ".lora_B." in name else tensor), name
+    assert_kept(run, "after", one_step("sd3", world / "sd3", run / "lora", start_noise("sd3", world / "sd3")))
+    assert "moved .50 back to the start" in (run / "report.html").read_text()
+    didr(world / "sd3.yaml", f"run.dir={run}", "--resume")
+    assert same_adapters(run, finished["sd3"])
+    assert (run / "summary.json").read_bytes() == (finished["sd3"] / "summary.json").read_bytes()
+
+
+def test_an_adapter_is_no_start_to_go_back_to(world: Path, finished: dict[str, Path], tmp_path: Path) -> None:
+    lora = f"generator.lora={finished['sd3'] / 'lora'}"
+    with pytest.raises(ConfigError, match="Merge it into the model first"):
+        load_recipe(world / "sd3.yaml", [lora, "train.towards_start=0.5"])
 
 
 def test_a_time_limit(world: Path, tmp_path: Path) -> None:

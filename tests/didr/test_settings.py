@@ -27,6 +27,7 @@ from tests.didr.tiny import make_recipe
         ("train", {"ta_ratio": 0}, "train.ta_ratio is 0"),
         ("train", {"ema": 1.0}, "train.ema is 1.0"),
         ("train", {"cooldown": 1.5}, "train.cooldown is 1.5: expected a share"),
+        ("train", {"towards_start": 1.0}, "train.towards_start is 1.0: expected a share of the way"),
         ("train", {"parameters": "lorra"}, "did you mean 'lora'"),
         ("decode", {"micro_batch": 0}, "decode.micro_batch is 0"),
         ("reward", {"name": "hpsv"}, "unknown reward 'hpsv'; did you mean 'hpsv2'"),

@@ -103,6 +103,22 @@ def test_the_slots_share_no_memory(folder: Path) -> None:
     assert len(set(places)) == len(places)
 
 
+def test_a_slot_moves_towards_the_base(folder: Path) -> None:
+    _, sets = make(folder)
+    base = [tensor.detach().float().clone() for tensor in sets.modules[BASE].parameters()]
+    before = {slot: [t.detach().clone() for t in sets.tensors(slot)] for slot in (TRAINED, OLD)}
+    assert any(not torch.equal(old, b) for old, b in zip(before[OLD], base, strict=True))
+    sets.towards_base(OLD, 0.25)
+    for after, old, start in zip(sets.tensors(OLD), before[OLD], base, strict=True):
+        torch.testing.assert_close(after.detach(), 0.75 * old + 0.25 * start)
+    sets.towards_base(OLD, 1.0)
+    assert all(torch.equal(after, start) for after, start in zip(sets.tensors(OLD), base, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(sets.tensors(TRAINED), before[TRAINED], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(sets.modules[BASE].parameters(), base, strict=True))
+    with pytest.raises(ValueError, match="and a share in"):
+        sets.towards_base(BASE, 0.5)
+
+
 def test_snapshots_move_by_their_decay(folder: Path) -> None:
     _, sets = make(folder)
     before = {slot: [t.detach().clone() for t in sets.tensors(slot)] for slot in SLOTS}

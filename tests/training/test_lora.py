@@ -107,6 +107,31 @@ def test_snapshots_move_by_their_decay() -> None:
         bank.update_snapshot(OLD, 1.5)
 
 
+def test_a_slot_moves_towards_the_base() -> None:
+    """The update shrinks by the share, which is the straight way between the weights; other slots stay."""
+    _, model, bank = make()
+    x = torch.randn(4, 6)
+
+    def outputs() -> dict[str, torch.Tensor]:
+        found = {}
+        for slot in (TRAINED, OLD, BASE):
+            with bank.use(slot), torch.no_grad():
+                found[slot] = model.first(x)
+        return found
+
+    before = outputs()
+    assert (before[OLD] - before[BASE]).abs().max() > 0.01
+    bank.towards_base(OLD, 0.25)
+    after = outputs()
+    torch.testing.assert_close(after[OLD] - after[BASE], 0.75 * (before[OLD] - before[BASE]))
+    assert torch.equal(after[TRAINED], before[TRAINED]) and torch.equal(after[BASE], before[BASE])
+    bank.towards_base(OLD, 1.0)
+    assert torch.equal(outputs()[OLD], before[BASE])
+    for slot, share in ((OLD, 1.5), (OLD, -0.1), (BASE, 0.5)):
+        with pytest.raises(ValueError, match="and a share in"):
+            bank.towards_base(slot, share)
+
+
 def test_a_fresh_bank_is_the_base_and_seeded() -> None:
     banks = [LoRABank(Model(), ["first"], rank=2, alpha=2.0, seed=seed) for seed in (5, 5, 6)]
     downs = [bank.layers["first"].pair(TRAINED)[0] for bank in banks]
