@@ -30,6 +30,7 @@ _STYLE = (
     + """
 .wide-charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 12px; }
 a { color: var(--after); }
+th { white-space: normal; }
 """
 )
 
