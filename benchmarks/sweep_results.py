@@ -18,6 +18,7 @@ from benchmarks.collect import collect, lines
 from crd_fast.didr.pareto import AFTER, BEFORE, LABELS, Sweep, read_sweep
 from crd_fast.didr.report_files import REFERENCE
 from crd_fast.errors import DataError
+from crd_fast.evaluation.plots import finite
 from crd_fast.whole_files import write_json
 
 COST = "frechet"
@@ -36,11 +37,12 @@ def gather(directory: Path, sweep: Sweep) -> dict[str, Any]:
 
 
 def plot(sweep: Sweep, file: Path) -> None:
-    """Raises DataError where no run has a Fréchet distance."""
+    """Raises DataError where a run, the start or the reference has no Fréchet distance."""
     from matplotlib.figure import Figure
 
-    if not all(COST in row[AFTER] for row in sweep.rows):
-        raise DataError(f"the runs of {sweep.name} have no Fréchet distance: set evaluation.suite")
+    sides = [*(row[AFTER] for row in sweep.rows), sweep.shared(BEFORE), sweep.shared(REFERENCE)]
+    if any(finite(side.get(COST)) is None for side in sides):
+        raise DataError(f"the runs of {sweep.name} have no Fréchet distance: set evaluation.suite, or more images")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for kind in sweep.kinds():

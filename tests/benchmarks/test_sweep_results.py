@@ -65,9 +65,13 @@ def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert sweep_results.main([str(folder), "--out", str(out)]) == 2
     assert "endpoint-beta-0.1 holds no finished run: summary.json is missing" in capsys.readouterr().err
 
-    folder = swept(tmp_path / "c")
-    file = folder / "sweep.json"
-    file.write_text(file.read_text().replace('"frechet"', '"distance"'))
-    assert sweep_results.main([str(folder), "--out", str(out)]) == 2
-    assert "no Fréchet distance: set evaluation.suite" in capsys.readouterr().err
+    # no suite, and a suite with too few images for a distance
+    for name, old, new in (("c", '"frechet"', '"distance"'), ("d", "0.003}", "null}"), ("e", "0.004", "null")):
+        folder = swept(tmp_path / name)
+        file = folder / "sweep.json"
+        changed = file.read_text().replace(old, new)
+        assert changed != file.read_text()
+        file.write_text(changed)
+        assert sweep_results.main([str(folder), "--out", str(out)]) == 2
+        assert "no Fréchet distance: set evaluation.suite" in capsys.readouterr().err
     assert not out.with_suffix(".json").exists() and not out.with_suffix(".png").exists()
