@@ -150,7 +150,7 @@ def test_no_anchor_without_kl() -> None:
         ({"sharding": "fdsp"}, r"did you mean 'fsdp'"),
         ({"fixed_noise": True}, r"needs train.inner_epochs > 1"),
         ({"group_size": 1}, r"group_size is 1"),
-        ({"lr": 0.0}, r"train.lr 0.0"),
+        ({"lr": 0.0}, r"train.lr is 0.0: expected more than 0"),
     ],
 )
 def test_settings_that_do_not_fit_say_what_does(change: dict[str, Any], message: str) -> None:
