@@ -48,8 +48,7 @@ class Noised:
 
 @dataclass(frozen=True)
 class ResidualStats:
-    """All of a prediction that a forward-process loss keeps, in velocity units: mse (B,) = E, mae (B,) = "
-    "M."""
+    """All of a prediction that a forward-process loss keeps, in velocity units: mse (B,) = E, mae (B,) = M."""
 
     mse: Tensor
     mae: Tensor

@@ -88,8 +88,8 @@ def _multiply_words(multiplier: int, word: torch.Tensor) -> tuple[torch.Tensor, 
 def philox_words(
     c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor, key: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Philox4x32-10 (Salmon et al. 2011) of a counter of four int64 tensors of 32-bit words that "
-    "broadcast."""
+    """Philox4x32-10 (Salmon et al. 2011) of a counter of four int64 tensors of 32-bit words that
+    broadcast."""
     k0, k1 = key
     for _ in range(_PHILOX_ROUNDS):
         high0, low0 = _multiply_words(_PHILOX_MULTIPLIERS[0], c0)

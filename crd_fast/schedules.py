@@ -91,7 +91,7 @@ class Schedule(ABC):
     def convert(self, predicted: Tensor, x_t: Tensor, t: Tensor, *, to: str, kind: str | None = None) -> Tensor:
         """A prediction of `kind` at (x_t, t) as one of kind `to`, (B, *latent)."""
         checks.require_like("x_t", x_t, "predicted", checks.require_latents("predicted", predicted))
-        source, to = self._kind(kind), self._kind(to)
+        source, to = self._kind(kind), _known("to", to)
         alpha, sigma, value, x_t = self._prepare(t, predicted, x_t)
         if source == to:
             return value
@@ -144,11 +144,7 @@ class Schedule(ABC):
         return t
 
     def _kind(self, kind: str | None) -> str:
-        if kind is None:
-            return self.kind
-        if kind not in KINDS:
-            raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}{nearest(str(kind), KINDS)}")
-        return kind
+        return self.kind if kind is None else _known("kind", kind)
 
     def _prepare(self, t: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """alpha and sigma as (B, 1, ..., 1) and both latents, all in the dtype of the arithmetic."""
@@ -246,6 +242,12 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """(B,) as (B, 1, ..., 1), to broadcast over `like` (B, *latent)."""
     return values.view(-1, *(1,) * (like.ndim - 1))
+
+
+def _known(argument: str, kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"{argument}: expected one of {KINDS}, got {kind!r}{nearest(str(kind), KINDS)}")
+    return kind
 
 
 def _divisor(name: str, level: Tensor, t: Tensor | None, source: str, to: str) -> Tensor:

@@ -55,6 +55,30 @@ class CompileCounter:
         return self.graphs - self._warm
 
 
+class CompileMetrics:
+    """What an epoch's row tells of compiling. Of one process: a resumed run compiles again."""
+
+    def __init__(self, counters: Sequence[CompileCounter]) -> None:
+        self._counters = counters
+        self._settled = False
+
+    def row(self, settled: bool = True) -> dict[str, Any]:
+        """Graphs compiled so far, and how many of them since the first settled epoch; nothing without a counter.
+
+        settled: whether the epoch has had every kind of pass.
+        """
+        if not self._counters:
+            return {}
+        if not self._settled:
+            for counter in self._counters:
+                counter.mark_warm()
+            self._settled = settled
+        return {
+            "compiled_graphs": sum(counter.graphs for counter in self._counters),
+            "recompiles": sum(counter.recompiles for counter in self._counters),
+        }
+
+
 def compile_blocks(model: nn.Module, block_lists: Iterable[str], *, backend: str = "inductor") -> CompileCounter:
     """Compile every block of the named lists in place, when it first runs. Names of layers and parameters stay.
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from crd_fast.backbones.base import Backbone
+from crd_fast.backbones.base import Backbone, Conditioning
 from crd_fast.data.prompts import PromptSet, assert_disjoint, load_prompts, shuffled_slice
 from crd_fast.didr.networks import EMA, GENERATOR, Networks, OneStep
 from crd_fast.didr.pictures import Advance, Painter
 from crd_fast.didr.recipe import DIDRRecipe, dump_recipe
 from crd_fast.didr.report import write_report
 from crd_fast.didr.report_files import SWEEP
-from crd_fast.didr.trainer import DIDRTrainer
+from crd_fast.didr.trainer import DIDRTrainer, stage_two_config
 from crd_fast.errors import ConfigError, DataError
 from crd_fast.evaluation import shapes_suite
 from crd_fast.progress import Reporter
@@ -98,32 +98,36 @@ class _Job:
         if recipe.decode.recompute:
             (backbone.tiny_decoder or backbone.pipeline.vae).enable_gradient_checkpointing()
         self.networks = Networks.build(recipe, backbone, origin)
+        stage_two_config(recipe, self.networks, beta=1.0)  # a setting that the model does not allow is better said now
         held_out = self.test_prompts.prompts if self.test_prompts is not None else ()
         embedded = embed_prompts(
             backbone, recipe.model, ["", *self.prompts.prompts, *held_out], self.directory / "embeddings", self.ranks
         )
-        unconditional, trained_on = embedded[:1], embedded[1 : 1 + len(self.prompts)]
+        self.unconditional, self.trained_on = embedded[:1], embedded[1 : 1 + len(self.prompts)]
         with self.ranks.together("trying the reward"):
             self._try_reward(backbone)
-        generator = OneStep(self.networks, recipe.generator.start)
-        painter = Painter(recipe, self.networks, generator, trained_on, unconditional, self.ranks)
-        self.trainer = DIDRTrainer(
-            recipe,
+        # the prompts of the images before and after
+        self.shown, self.painter = self.prompts, self._painter(self.trained_on)
+        if self.test_prompts is not None:
+            self.shown, self.painter = self.test_prompts, self._painter(embedded[1 + len(self.prompts) :])
+        self.store = CheckpointStore(self.directory / "checkpoints", recipe.train.keep_checkpoints, self.ranks.control)
+
+    def _painter(self, conditioning: Conditioning) -> Painter:
+        generator = OneStep(self.networks, self.recipe.generator.start)
+        return Painter(self.recipe, self.networks, generator, conditioning, self.unconditional, self.ranks)
+
+    def _trainer(self, beta: float) -> DIDRTrainer:
+        return DIDRTrainer(
+            self.recipe,
             self.networks,
             self.prompts,
-            trained_on,
-            unconditional,
+            self.trained_on,
+            self.unconditional,
             self.reward,
-            self._beta(painter),
-            session.stop,
+            beta,
+            self.session.stop,
             self.ranks,
         )
-        self.shown, self.painter = self.prompts, painter  # the prompts of the images before and after
-        if self.test_prompts is not None:
-            held_out_rows = embedded[1 + len(self.prompts) :]
-            self.shown = self.test_prompts
-            self.painter = Painter(recipe, self.networks, generator, held_out_rows, unconditional, self.ranks)
-        self.store = CheckpointStore(self.directory / "checkpoints", recipe.train.keep_checkpoints, self.ranks.control)
 
     def _try_reward(self, backbone: Backbone) -> None:
         """What a reward lacks is better said now than after the TA has warmed up."""
@@ -134,7 +138,7 @@ class _Job:
         shades = torch.linspace(0.1, 0.9, decoded.shape[-1], device=decoded.device).expand(decoded.shape)
         self.reward.differentiable_scores(shades, self.prompts.prompts[:1], self.prompts.metadata[:1])
 
-    def _beta(self, painter: Painter) -> float:
+    def _beta(self) -> float:
         """The recipe's, or what an earlier start of this run has measured, or what is measured now; 1 without a reward,
         which it then weighs nothing."""
         algorithm, file = self.recipe.algorithm, self.directory / "beta.json"
@@ -142,11 +146,11 @@ class _Job:
             return 1.0
         if algorithm.beta is not None:
             return algorithm.beta
-        if self.ranks.tell(file.exists()):
+        if self.session.resume and self.ranks.tell(file.exists()):
             return self.ranks.tell(json.loads(file.read_text())["beta"] if self.ranks.first else 0.0)
         chosen = shuffled_slice(len(self.prompts), algorithm.beta_prompts, 0, self.recipe.run.seed)
         ids = chosen.repeat_interleave(algorithm.beta_images).tolist()
-        images = self._paint("measuring beta", ids, painter.many_steps)
+        images = self._paint("measuring beta", ids, self._painter(self.trained_on).many_steps)
         with self.ranks.together("measuring beta"):
             scores = self._rewards(self.prompts, images, ids)
             deviation = scores.view(-1, algorithm.beta_images).std(1).mean().item()
@@ -167,10 +171,11 @@ class _Job:
         if self.ranks.first:
             write_text(self.directory / "config.yaml", dump_recipe(recipe))
             self.directory.write_environment(self.session.device, self.ranks.world)
+        trainer = self._trainer(self._beta())
         loop = EpochLoop(
             self.session,
             self.store,
-            self.trainer,
+            trainer,
             LoopSettings(train.epochs, train.max_minutes, train.checkpoint_every),
             self._export,
             epoch_note,
@@ -187,10 +192,8 @@ class _Job:
             self._save(self.directory / FOLDERS[train.parameters])
         self._evaluate("after", lambda ids, done: self.painter.one_step(EMA, ids, done))
         if self.ranks.first:
-            minutes = self._summarize()
-            self.report.say(
-                f"trained {self.trainer.epoch} epochs in {minutes:.1f} minutes, peak {peak_gigabytes():.1f} GB"
-            )
+            minutes = self._summarize(trainer)
+            self.report.say(f"trained {trainer.epoch} epochs in {minutes:.1f} minutes, peak {peak_gigabytes():.1f} GB")
             self.report.say(f"report {write_report(self.directory.path)}")
         self.ranks.wait()
         return self.directory.path
@@ -276,7 +279,7 @@ class _Job:
         settings = self.recipe.evaluation
         return list(range(count)) if settings.suite is None else kept_indices(count, settings.images)
 
-    def _summarize(self) -> float:
+    def _summarize(self, trainer: DIDRTrainer) -> float:
         """summary.json, timing.json and the index of the images; returns the minutes of training."""
         recipe, sides = self.recipe, read_sides(self.directory)
         summary = {
@@ -284,9 +287,10 @@ class _Job:
             "seed": recipe.run.seed,
             "model": recipe.model.path,
             "minutes": recipe.train.max_minutes,
-            "epochs": self.trainer.epoch,
-            "iterations": self.trainer.iteration,
-            "samples": self.trainer.draws * recipe.train.batch,
+            "epochs": trainer.epoch,
+            "iterations": trainer.iteration,
+            "samples": trainer.draws * recipe.train.batch,
+            "towards_start": recipe.train.towards_start,
             **{side: kept["summary"] for side, kept in sides.items()},
         }
         write_json(self.directory / "summary.json", summary)

@@ -58,7 +58,7 @@ class EpochLog:
 
     @staticmethod
     def _stage_two(samples: Tensor, reward: str) -> Row:
-        """samples: (N, len(SAMPLE)) of all ranks."""
+        """samples: (N, len(SAMPLE)) of all ranks. What is told of the reward is of the samples that have one."""
         columns = dict(zip(SAMPLE, samples.unbind(1), strict=True))
         third = (columns["share"] * 3).long().clamp(0, 2)
         row: Row = {
@@ -68,7 +68,8 @@ class EpochLog:
         }
         rewarded = columns["reward"].isfinite()
         if rewarded.any():
-            row["reward"] = {reward: columns["reward"][rewarded].mean().item()}
+            columns, third = {name: values[rewarded] for name, values in columns.items()}, third[rewarded]
+            row["reward"] = {reward: columns["reward"].mean().item()}
             row["correction"] = _rms(columns["correction"])
             row["correction_ratio"] = {
                 name: _rms(columns["correction"][third == i]) / max(_rms(columns["gap"][third == i]), 1e-30)

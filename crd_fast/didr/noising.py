@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from crd_fast import checks
 from crd_fast.forward_process import Noised, noise
-from crd_fast.schedules import Schedule, per_sample
+from crd_fast.schedules import Schedule, compute_dtype, per_sample
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ def noised(schedule: Schedule, x0: Tensor, seeds: Seeds, t: Tensor) -> tuple[Ten
         ValueError: a shape, dtype or device that does not fit, a seed out of range.
         ExtensionMissingError: see `crd_fast.ops`.
     """
-    alpha, sigma = schedule.levels(t)
+    checks.require_latents("x0", x0)
+    schedule.require_times(t)
+    alpha, sigma = schedule.levels(t, compute_dtype(x0, t))
     total = alpha + sigma
     made = noise(x0, sigma / total, seed=seeds.seed, sample_ids=seeds.sample_ids, stream=seeds.stream)
     return per_sample(total, x0) * made.x_t, made

@@ -132,6 +132,8 @@ def _tiles(found: DIDRRun) -> str:
         return title, shown, " · ".join(filter(None, notes))
 
     reward = (f"Reward, {escape(found.reward)}", found.reward, "mean over the images") if found.reward else None
+    if not found.suite and reward is None:
+        return tiles_section("<span>Reward</span><b>none</b><small>the reference as it is</small>", speed_tiles(run))
     if not found.suite and reward is not None:
         title, shown, note = compared(*reward)
         return tiles_section(f"<span>{title}</span>{shown}<small>{note}</small>", speed_tiles(run))
@@ -157,17 +159,17 @@ def _distances(values: dict[str, object]) -> str:
 
 
 def _gallery(found: DIDRRun) -> Gallery:
-    told = (
-        "Marks, in the same order: ✓ satisfies its prompt, ✗ does not."
-        if found.suite
-        else f"Numbers, in the same order: {escape(found.reward or 'the reward')}."
-    )
+    told = ""
+    if found.suite:
+        told = " Marks, in the same order: ✓ satisfies its prompt, ✗ does not."
+    elif found.reward:
+        told = f" Numbers, in the same order: {escape(found.reward)}."
     return Gallery(
         sides=SIDES,
         title="One step before, one step after, and the reference",
         note='Each row is one prompt and one noise: the generator in one step <b class="before">before</b> training, '
         f'<b class="after">after</b> it, and the <b class="reference">reference</b>{_steps(found)}. The first '
-        f"{{shown}} recorded per task, not picked. {told}",
+        f"{{shown}} recorded per task, not picked.{told}",
         in_total=TRIPLES_IN_TOTAL,
         grid="duo trio",
         between=" ",

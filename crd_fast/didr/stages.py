@@ -188,6 +188,9 @@ def stage_two(
             f"{config.guidance_scale}, got None"
         )
     steps = proxy_steps(t, schedule, split=config.split, late=config.late_steps)
+    if rewarded is not None:
+        checks.require_per_sample("rewarded", rewarded, len(t), torch.device("cpu"), dtypes=(torch.bool,))
+        steps = torch.where(rewarded, steps, 1)  # nobody looks at the others' estimates
     x0 = generator(z)
     t = t.to(x0.device)
     with torch.no_grad():
@@ -236,7 +239,10 @@ def stage_two(
     loss = out.loss
     if reward is not None and not diffused:
         found = diffused_reward(x0.detach(), t, lambda x, _: x, reward, beta=config.beta, schedule=schedule)
-        loss = loss + _endpoint_loss(x0, found, config.beta)
+        pull, nonfinite = _endpoint_loss(x0, found, config.beta)
+        zeroed = torch.maximum(out.zeroed, nonfinite)
+        out = dataclasses.replace(out, zeroed=zeroed, metrics=out.metrics | {"nonfinite": zeroed.sum()})
+        loss = loss + pull
     if found is not None and rewarded is not None:
         told = torch.where(rewarded.to(found.reward.device), found.reward, torch.nan)
         found = dataclasses.replace(found, reward=told)
@@ -245,7 +251,6 @@ def stage_two(
 
 def _reward_of_some(reward: Reward, rewarded: Tensor, batch: int) -> Reward | None:
     """The reward of the samples that have one and 0 of the others; None where there is none that has."""
-    checks.require_per_sample("rewarded", rewarded, batch, torch.device("cpu"), dtypes=(torch.bool,))
     rows = rewarded.nonzero()[:, 0]
     if not len(rows):
         return None
@@ -259,7 +264,13 @@ def _reward_of_some(reward: Reward, rewarded: Tensor, batch: int) -> Reward | No
     return scored
 
 
-def _endpoint_loss(x0: Tensor, found: DiffusedReward, beta: float) -> Tensor:
-    """-r(x0) / beta, mean over samples and elements as the divergence's loss is; only x0 gets a gradient."""
-    pull = found.score * (x0 - x0.detach())  # zero, with the score as its slope
-    return -(pull.sum() + found.reward.sum() / beta) / x0.numel()
+def _endpoint_loss(x0: Tensor, found: DiffusedReward, beta: float) -> tuple[Tensor, Tensor]:
+    """-r(x0) / beta, mean over samples and elements as the divergence's loss is; only x0 gets a gradient.
+
+    Elements whose slope is not finite pull nowhere; with the loss comes how many there are of each sample, (B,). A
+    reward that is not finite is left out of the loss.
+    """
+    finite = found.score.isfinite()
+    pull = torch.where(finite, found.score, 0.0) * (x0 - x0.detach())  # zero, with the score as its slope
+    reward = torch.where(found.reward.isfinite(), found.reward, 0.0)
+    return -(pull.sum() + reward.sum() / beta) / x0.numel(), (~finite).flatten(1).sum(1)

@@ -194,6 +194,14 @@ class _Sweep:
                 raise ConfigError(f"{folder.path} already holds a run: name another run.dir, or move it away")
             member.recipe.check_resumed(folder)
             states.append(FINISHED if _finished(folder, member.recipe) else UNFINISHED)
+        members = {member.folder for member in self.members}
+        others = [row["folder"] for row in self._folders() if row["folder"] not in members]
+        shorter = [name for name in others if not _finished(RunDirectory(self.directory / name), self.base)]
+        if shorter:
+            raise ConfigError(
+                f"{', '.join(shorter)} of this sweep ended with other train.epochs, train.max_minutes or "
+                "train.towards_start: name their values too, so that they continue, or leave the settings as they were"
+            )
         return states
 
     def _write(self) -> None:
@@ -234,9 +242,11 @@ class _Sweep:
 
 
 def _finished(directory: RunDirectory, recipe: DIDRRecipe) -> bool:
-    """Whether a run is evaluated after all of its epochs or minutes."""
+    """Whether a run is evaluated, after all of its epochs or minutes and as far back towards its start as it should."""
     summary, limit = _json(directory / "summary.json"), recipe.train.max_minutes
     if any(side not in summary for side in SIDES):
+        return False
+    if summary.get("towards_start", 0.0) != recipe.train.towards_start:
         return False
     spent = _json(directory / "timing.json").get("train_minutes", 0.0)
     return bool(summary["epochs"] >= recipe.train.epochs or (limit is not None and spent > limit))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from crd_fast.acceleration.compilation import CompileMetrics
 from crd_fast.backbones.base import Conditioning
 from crd_fast.data.prompts import PromptSet
 from crd_fast.didr.diffused_reward import GaussianDamping
@@ -29,7 +30,7 @@ from crd_fast.didr.draws import Draw, draw_step
 from crd_fast.didr.metrics import EpochLog, Row
 from crd_fast.didr.networks import EMA, GENERATOR, TA, Networks, OneStep
 from crd_fast.didr.recipe import DIDRRecipe
-from crd_fast.didr.stages import Predict, StageTwoOutput, stage_one, stage_two
+from crd_fast.didr.stages import DIDRConfig, Predict, StageTwoOutput, stage_one, stage_two
 from crd_fast.didr.ta import TAOutput
 from crd_fast.errors import ConfigError, NonFiniteError
 from crd_fast.ranks import Ranks
@@ -82,9 +83,9 @@ class DIDRTrainer:
             )
             for slot, lr in ((GENERATOR, train.lr), (TA, train.ta_lr))
         }
-        split = float(networks.backbone.sigma_at(torch.tensor(algorithm.split)))
-        self.config = algorithm.stage_two(beta, _linear_scale(recipe, networks), split)
+        self.config = stage_two_config(recipe, networks, beta)
         self.damping = GaussianDamping(FLOW, algorithm.curvature, algorithm.variance) if algorithm.curvature else None
+        self.compiling = CompileMetrics(networks.counters)
         self.phases = Phases()
         self.epoch = 0  # finished epochs
         self.iteration = 0  # finished iterations
@@ -144,7 +145,7 @@ class DIDRTrainer:
             **log.row(self.ranks, "" if self.reward is None else self.reward.name),
             "lr": self.optimizers[GENERATOR].lr,
             "ta_lr": self.optimizers[TA].lr,
-            **self._compiled(),
+            **self.compiling.row(settled=self.iteration > self.recipe.train.ta_warmup + self.recipe.train.distil),
             "seconds": {name: round(value, 4) for name, value in self.phases.seconds.items()},
             "samples_per_second": (self.draws - first_draw) * self.recipe.train.batch / (time.perf_counter() - started),
         }
@@ -300,18 +301,11 @@ class DIDRTrainer:
                 "the reward and the models' predictions"
             )
 
-    def _compiled(self) -> Row:
-        """Graphs compiled so far, and how many of them after the first epoch."""
-        counters = self.networks.counters
-        if not counters:
-            return {}
-        if self.epoch == 1:
-            for counter in counters:
-                counter.mark_warm()
-        return {
-            "compiled_graphs": sum(counter.graphs for counter in counters),
-            "recompiles": sum(counter.recompiles for counter in counters),
-        }
+
+def stage_two_config(recipe: DIDRRecipe, networks: Networks, beta: float) -> DIDRConfig:
+    """The recipe's settings of Stage II in terms of its model. Raises ConfigError, see `DIDRTrainer`."""
+    split = float(networks.backbone.sigma_at(torch.tensor(recipe.algorithm.split)))
+    return recipe.algorithm.stage_two(beta, _linear_scale(recipe, networks), split)
 
 
 def _linear_scale(recipe: DIDRRecipe, networks: Networks) -> float:

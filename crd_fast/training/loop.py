@@ -71,10 +71,11 @@ class EpochLoop:
         trainer, settings, report = self.trainer, self.settings, self.session.report
         ranks, directory = self.session.ranks, self.session.directory
         report.begin("training", settings.epochs, trainer.epoch)
-        started, elapsed_before = time.perf_counter(), self._elapsed_before()
+        started, elapsed_before = time.perf_counter(), ranks.tell(self._elapsed_before())
+        over = self._over(elapsed_before)
         scalars = Scalars(directory / "tensorboard", trainer.epoch) if ranks.first else None
         start = None
-        while trainer.epoch < settings.epochs:
+        while trainer.epoch < settings.epochs and not over:
             del start  # its copies go before the next are made
             start = EpochStart(trainer)
             try:
@@ -96,15 +97,18 @@ class EpochLoop:
                 directory.append_metrics(row)
                 scalars.write(row)
             report.update(trainer.epoch, self.note(row), line=True)
-            over = settings.max_minutes is not None and row["elapsed_seconds"] > 60 * settings.max_minutes
+            over = self._over(row["elapsed_seconds"])
             if trainer.epoch % settings.checkpoint_every == 0 or trainer.epoch == settings.epochs or over:
                 self._save()
-            if over:
-                report.say(f"train.max_minutes {settings.max_minutes} reached after {trainer.epoch} epochs")
-                break
+        if over:
+            report.say(f"train.max_minutes {settings.max_minutes} reached after {trainer.epoch} epochs")
         self.store.finish()
         if scalars is not None:
             scalars.close()
+
+    def _over(self, seconds: float) -> bool:
+        """Whether a run that has trained so long has used up its time."""
+        return self.settings.max_minutes is not None and seconds > 60 * self.settings.max_minutes
 
     def _elapsed_before(self) -> float:
         """Training seconds of the epochs a resumed run already has."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
 from crd_fast.acceleration.attention import use_attention
-from crd_fast.acceleration.compilation import CompileCounter, compile_blocks
+from crd_fast.acceleration.compilation import CompileCounter, CompileMetrics, compile_blocks
 from crd_fast.acceleration.float8_training import convert_for_full_finetuning
 from crd_fast.acceleration.precision import FP8, Precisions, apply_precisions
 from crd_fast.acceleration.recompute import checkpoint_blocks
@@ -23,26 +22,12 @@ from crd_fast.training.sharding import shard
 
 
 class Prepared:
-    """What became of the model: its precisions, and what its compiler has done."""
+    """What became of the model: its precisions, and what its compiler has done. forward_flops: of one sample."""
 
-    def __init__(self, precisions: Precisions, counters: list[CompileCounter], forward_flops: float) -> None:
+    def __init__(self, precisions: Precisions, counters: Sequence[CompileCounter], forward_flops: float) -> None:
         self.precisions = precisions
-        self.forward_flops = forward_flops  # of one sample
-        self._counters = counters
-        self._warm = False
-
-    def row(self) -> dict[str, Any]:
-        """Metrics of an epoch: graphs compiled so far, and how many of them after the first epoch."""
-        if not self._counters:
-            return {}
-        if not self._warm:
-            self._warm = True
-            for counter in self._counters:
-                counter.mark_warm()
-        return {
-            "compiled_graphs": sum(counter.graphs for counter in self._counters),
-            "recompiles": sum(counter.recompiles for counter in self._counters),
-        }
+        self.compiling = CompileMetrics(counters)
+        self.forward_flops = forward_flops
 
 
 def prepare(

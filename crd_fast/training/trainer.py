@@ -167,7 +167,7 @@ class Trainer:
             **experience.row,
             **decays,
             "lr": self.optimizer.lr,
-            **self.prepared.row(),
+            **self.prepared.compiling.row(),
             "seconds": {name: round(value, 4) for name, value in self.phases.seconds.items()},
             "samples_per_second": len(experience.batch.latents) / elapsed,
         }

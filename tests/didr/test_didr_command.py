@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from crd_fast.didr import trainer as trainer_module
+from crd_fast.didr.pictures import Painter
 from crd_fast.didr.recipe import load_recipe
 from crd_fast.errors import ConfigError
 from crd_fast.evaluation.pictures import read_image
@@ -221,6 +222,40 @@ def test_sigterm_leaves_a_run_that_continues(
     assert rows(run) == rows(finished["sd3"]) and same_adapters(run, finished["sd3"])
 
 
+MEASURED = ("algorithm.beta=null", "algorithm.beta_prompts=2", "algorithm.beta_images=2", "train.epochs=1")
+
+
+def test_a_stop_while_beta_is_measured_can_be_resumed(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, run, many_steps = tmp_path / "whole", tmp_path / "run", Painter.many_steps
+    didr(world / "sd3.yaml", f"run.dir={whole}", *MEASURED)
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return many_steps(*arguments)
+
+    monkeypatch.setattr(Painter, "many_steps", interrupted)
+    didr(world / "sd3.yaml", f"run.dir={run}", *MEASURED)
+    assert not (run / "beta.json").exists() and not (run / "metrics.jsonl").exists()
+    monkeypatch.setattr(Painter, "many_steps", many_steps)
+    didr(world / "sd3.yaml", f"run.dir={run}", *MEASURED, "--resume")
+    assert rows(run) == rows(whole) and same_adapters(run, whole)
+    assert (run / "beta.json").read_bytes() == (whole / "beta.json").read_bytes()
+
+
+def test_a_new_run_measures_its_own_beta(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever another start has left; and settings that are wrong are told before it is measured."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "beta.json").write_text('{"beta": 123.0}')
+    didr(world / "sd3.yaml", f"run.dir={run}", *MEASURED, "algorithm.guidance_scale=-1", code=2)
+    assert "guidance_scale: expected a number >= 0, got -1" in capsys.readouterr().err
+    assert json.loads((run / "beta.json").read_text()) == {"beta": 123.0}
+    didr(world / "sd3.yaml", f"run.dir={run}", *MEASURED)
+    assert 0 < json.loads((run / "beta.json").read_text())["beta"] < 1
+
+
 def test_a_finished_run_is_moved_back_towards_its_start(world: Path, finished: dict[str, Path], tmp_path: Path) -> None:
     """Nothing is trained again, the images after are those of the moved adapter, and it can be undone."""
     run = tmp_path / "run"
@@ -244,9 +279,16 @@ def test_an_adapter_is_no_start_to_go_back_to(world: Path, finished: dict[str, P
 
 
 def test_a_time_limit(world: Path, tmp_path: Path) -> None:
+    """A run that has used up its time has no epoch left when it continues, unless it gets more time."""
     run = tmp_path / "run"
-    didr(world / "sd3.yaml", f"run.dir={run}", "train.epochs=50", "train.max_minutes=1e-6", "evaluation.images=1")
+    settings = (f"run.dir={run}", "train.epochs=2", "evaluation.images=1")
+    didr(world / "sd3.yaml", *settings, "train.max_minutes=1e-6")
     assert len(rows(run)) == 1 and (run / ADAPTER).is_file()
+    trained = (run / ADAPTER).read_bytes()
+    didr(world / "sd3.yaml", *settings, "train.max_minutes=1e-6", "--resume")
+    assert len(rows(run)) == 1 and (run / ADAPTER).read_bytes() == trained
+    didr(world / "sd3.yaml", *settings, "train.max_minutes=60", "--resume")
+    assert len(rows(run)) == 2
 
 
 # --- wrong input ---

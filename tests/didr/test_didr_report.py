@@ -212,6 +212,18 @@ def test_without_a_suite_the_reward_is_the_score(run_dir: Path) -> None:
     assert "✓" not in text and "✗" not in text and "Strict" not in text and 'id="tasks"' not in page
 
 
+def test_a_run_that_only_distils_promises_no_scores(run_dir: Path) -> None:
+    (run_dir / "config.yaml").write_text(yaml.safe_dump({"reward": None, "evaluation": {"suite": None, "steps": 8}}))
+    summary = json.loads((run_dir / "summary.json").read_text())
+    summary |= {side: {"n": 16} for side in SIDES}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    _write_lines(run_dir / "metrics.jsonl", [_epoch(0)])
+    page, text = _render(run_dir)
+    assert "Reward none the reference as it is" in text and "Samples per second" in text
+    for word in ("not evaluated", "Strict", "Numbers, in the same order"):
+        assert word not in text, word
+
+
 def test_a_second_page_is_the_same_bytes_and_loads_nothing(run_dir: Path) -> None:
     first = write_report(run_dir).read_bytes()
     assert write_report(run_dir).read_bytes() == first

@@ -178,6 +178,8 @@ def test_ends_of_the_range():
         (lambda x: SDXL.to_x0(x, x, 3), "t: expected shape .* got int 3"),
         (lambda x: SDXL.alpha(torch.tensor(5)), r"t: expected shape \(B,\), int64 or int32 or float32 or float64"),
         (lambda x: FLOW.to_x0(x, x, torch.rand(2), "epsilon"), "kind: expected one of .*did you mean 'eps'"),
+        (lambda x: FLOW.convert(x, x, torch.rand(2), to="xo"), "to: expected one of .*got 'xo'; did you mean 'x0'"),
+        (lambda x: FLOW.convert(x, x, torch.rand(2), to=None), "to: expected one of .*got None"),
         (lambda x: FLOW.to_x0(x, x[:, :2], torch.rand(2)), "x_t: expected shape"),
         (lambda x: FLOW.to_x0(x.long(), x, torch.rand(2)), "predicted: expected"),
         (lambda x: FLOW.add_score(x, x[:1], torch.rand(2)), "score: expected shape"),

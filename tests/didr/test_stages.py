@@ -22,6 +22,7 @@ from crd_fast.didr import (
     ta_loss,
     ta_loss_of_noised,
 )
+from crd_fast.didr.noising import noised
 from crd_fast.errors import ConfigError
 from crd_fast.schedules import VP, RectifiedFlow
 
@@ -217,6 +218,15 @@ def test_noise_from_seeds_is_the_noise_that_they_make(schedule, kind):
     )
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_noise_from_seeds_of_float64_samples_keeps_their_precision(schedule):
+    """Also at times that are not float64 themselves."""
+    x0, ids = torch.randn(6, 2, dtype=torch.float64), torch.arange(6)
+    t = sample_times(6, schedule=schedule, seed=3, step=0)
+    x_t, made = noised(schedule, x0, Seeds(7, ids), t)
+    torch.testing.assert_close(x_t, schedule.add_noise(x0, made.epsilon(torch.float64), t), rtol=0, atol=1e-14)
+
+
 def test_the_velocity_of_a_variance_preserving_schedule_needs_the_noise():
     networks, z, _, t = world(SDXL)
     with pytest.raises(ValueError, match="eps: expected a tensor, because the error of v under .* got seeds"):
@@ -280,6 +290,41 @@ def test_calls_of_each_network():
         config = DIDRConfig(beta=1.0, guidance_scale=scale, guided_estimate=guided)
         stage_two(**networks, z=z, eps=eps, t=t, schedule=FLOW, config=config)
         assert calls == {"generator": 1, "ta": 1, "reference": passes, "unconditional": without, "reward": 1}
+
+
+def test_samples_without_a_reward_take_no_steps_of_the_rewarded_estimate():
+    networks, z, eps, _ = world(FLOW)
+    t = torch.tensor([0.3, 0.6, 0.3, 0.6, 0.3, 0.6])
+    asked = []
+    networks["reference"].register_forward_hook(lambda *_: asked.append(1))
+    given = {"z": z, "eps": eps, "t": t, "schedule": FLOW, "config": DIDRConfig(beta=1.0)}
+    out = stage_two(**networks, **given, rewarded=t < 0.5)
+    assert len(asked) == 1
+    every = stage_two(**networks, **given)
+    assert len(asked) == 3
+    assert torch.equal(out.reward.score[t < 0.5], every.reward.score[t < 0.5])
+
+
+@pytest.mark.parametrize("reward_at", ["diffused", "endpoint"])
+def test_a_reward_that_is_not_finite_takes_its_sample_alone(reward_at):
+    """The others move as if it had a gradient that is finite, whatever that is."""
+    networks, z, eps, t = world(FLOW)
+    weight = networks["generator"].layers[-1].bias
+    config = DIDRConfig(beta=0.5, reward_at=reward_at)
+
+    def run(factor):
+        def reward(x0):
+            return networks["reward"](x0) * torch.tensor([1.0, 1.0, factor, 1.0, 1.0, 1.0])
+
+        out = stage_two(
+            **networks | {"reward": reward}, z=z, eps=eps, t=t, schedule=FLOW, config=config
+        )  # fmt: skip
+        return out, torch.autograd.grad(out.loss, weight)[0]
+
+    (broken, gradient), (fine, _) = run(float("nan")), run(1.0)
+    assert broken.generator.zeroed.tolist() == [0, 0, 2, 0, 0, 0] and fine.generator.zeroed.sum() == 0
+    assert broken.generator.metrics["nonfinite"] == 2
+    assert broken.loss.isfinite() and gradient.isfinite().all() and gradient.any()
 
 
 def test_guidance_without_an_unconditional_prediction():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from crd_fast.didr import trainer as trainer_module
 from crd_fast.evaluation.plots import score
@@ -132,6 +135,26 @@ def test_more_epochs_continue_a_finished_run(recipe: Path, tmp_path: Path) -> No
     didr(recipe, "--beta", "0.1", f"run.dir={folder}", *FAST)
     didr(recipe, "--beta", "0.1", f"run.dir={folder}", "evaluation.images=2", "--resume")
     assert len(rows(folder / "diffused-beta-0.1")) == 2
+
+
+def test_all_runs_are_moved_back_towards_their_start_alike(
+    recipe: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finished ones too, and none is left behind where the others are: the page compares them."""
+    folder = tmp_path / "sweep"
+    shutil.copytree(finished, folder)
+    settings = (f"run.dir={folder}", *FAST, "train.towards_start=0.5", "--resume")
+    didr(recipe, "--beta", "0.05", *settings, code=2)
+    assert "diffused-beta-0.2 of this sweep ended with other train.epochs" in capsys.readouterr().err
+    didr(recipe, "--beta", "0.05", "0.2", *settings)
+    assert capsys.readouterr().out.count(", continued") == 2
+    for run in ("diffused-beta-0.05", "diffused-beta-0.2"):
+        assert rows(folder / run) == rows(finished / run)
+        moved, whole = load_file(folder / run / ADAPTER), load_file(finished / run / ADAPTER)
+        for name, tensor in whole.items():
+            assert torch.equal(moved[name], tensor / 2 if ".lora_B." in name else tensor), name
+    didr(recipe, "--beta", "0.05", *settings)
+    assert "diffused-beta-0.05, finished already" in capsys.readouterr().out
 
 
 def test_a_run_that_fails_does_not_end_the_others(

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 import crd_fast
+from crd_fast.acceleration.compilation import CompileCounter, CompileMetrics
 from crd_fast.didr import DIDRTrainer, GaussianDamping
 from crd_fast.didr.draws import draw_step
 from crd_fast.didr.metrics import EpochLog
 from crd_fast.didr.networks import EMA, GENERATOR, TA
+from crd_fast.didr.stages import REWARDS_AT
 from crd_fast.errors import ConfigError, NonFiniteError
 from crd_fast.ranks import Ranks
 from crd_fast.rollout import generate, initial_noise
@@ -174,8 +176,13 @@ def test_above_a_share_of_the_time_range_the_reward_is_left_out(folder: Path) ->
     assert reward.calls == int(early.sum())  # decoded one at a time
     assert out.reward is not None and torch.equal(out.reward.reward.isfinite(), early)
 
-    row = trainer.run_epoch()
-    assert row["correction_ratio"]["late"] == 0 < row["correction_ratio"]["early"] and row["reward"]
+    log = EpochLog()
+    log.add(draw.shares, out)
+    row = log._stage_two(torch.cat(log.samples), "redness")
+    assert set(row["correction_ratio"]) <= {"early", "middle"}, "nothing is told of times without a reward"
+    corrections = out.generator.correction
+    torch.testing.assert_close(row["correction"], corrections[early].square().mean().sqrt().item())
+    assert row["gap"] == pytest.approx(out.generator.gap.square().mean().sqrt().item())
     trainer = make_trainer(make_recipe("sd3", folder, sections | {"algorithm": {"reward_until": 0.01}}, steps=1))
     assert "reward" not in trainer.run_epoch()
 
@@ -213,6 +220,18 @@ def test_the_learning_rates_fall_at_the_end(folder: Path) -> None:
 
 
 # --- what steps depend on ---
+
+
+def test_a_graph_is_a_recompilation_once_every_stage_has_run(folder: Path) -> None:
+    """Warm-ups compile their own graphs, and what comes after them more."""
+    trainer = make_trainer(make_recipe("sd3", folder, steps=2, ta_warmup=2, distil=1))
+    counter = CompileCounter("eager")
+    trainer.compiling = CompileMetrics([counter])
+    recompiled = []
+    for graphs in (2, 5, 6, 6):
+        counter.graphs = graphs
+        recompiled.append(trainer.run_epoch()["recompiles"])
+    assert recompiled == [0, 0, 1, 1]
 
 
 def test_micro_batches_do_not_change_what_is_learned(folder: Path) -> None:
@@ -299,16 +318,20 @@ class Broken(Redness):
         return scores * torch.tensor(factors)
 
 
-def test_a_sample_without_a_score_is_left_out_and_counted(folder: Path) -> None:
-    trainer = make_trainer(make_recipe("sd3", folder, steps=1, micro_batch=1), Broken("2 squares"))
+@pytest.mark.parametrize("reward_at", REWARDS_AT)
+def test_a_sample_without_a_score_is_left_out_and_counted(folder: Path, reward_at: str) -> None:
+    sections = {"algorithm": {"reward_at": reward_at}}
+    trainer = make_trainer(make_recipe("sd3", folder, sections, steps=1, micro_batch=1), Broken("2 squares"))
     row = trainer.run_epoch()
     elements = math.prod(trainer.networks.backbone.latent_shape)
     assert row["nonfinite"] in (elements, 2 * elements) and row["skipped_steps"] == {GENERATOR: 0, TA: 0}
     assert row["step"] == 1 and math.isfinite(row["gap"]) and math.isfinite(row["reward"]["redness"])
 
 
-def test_steps_without_any_score_are_skipped_and_end_the_run(folder: Path) -> None:
-    trainer = make_trainer(make_recipe("sd3", folder, steps=1, max_skipped=3), Broken())
+@pytest.mark.parametrize("reward_at", REWARDS_AT)
+def test_steps_without_any_score_are_skipped_and_end_the_run(folder: Path, reward_at: str) -> None:
+    sections = {"algorithm": {"reward_at": reward_at}}
+    trainer = make_trainer(make_recipe("sd3", folder, sections, steps=1, max_skipped=3), Broken())
     before = state(trainer)
     rows = [trainer.run_epoch() for _ in range(2)]
     assert moved(trainer, before) == {TA}
