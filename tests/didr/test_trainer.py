@@ -10,51 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-import crd_fast
 from crd_fast.acceleration.compilation import CompileCounter, CompileMetrics
-from crd_fast.didr import DIDRTrainer, GaussianDamping
+from crd_fast.didr import DIDRTrainer
 from crd_fast.didr.draws import draw_step
 from crd_fast.didr.metrics import EpochLog
 from crd_fast.didr.networks import EMA, GENERATOR, TA
 from crd_fast.didr.stages import REWARDS_AT
 from crd_fast.errors import ConfigError, NonFiniteError
 from crd_fast.ranks import Ranks
-from crd_fast.rollout import generate, initial_noise
-from crd_fast.snapshots import BASE
+from crd_fast.rollout import initial_noise
 from crd_fast.training.models import load_backbone
-from tests.didr.tiny import MODEL, Redness, make_recipe, make_trainer, save_pipeline, scramble
-
-FAMILIES = tuple(MODEL)
+from tests.didr.tiny import Redness, added_noise, make_recipe, make_trainer, moved, save_pipeline, scramble, state
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {family: save_pipeline(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
-
-
-@pytest.fixture
-def folder(folders: dict[str, Path]) -> Path:
-    return folders["sd3"]
-
-
-def state(trainer: DIDRTrainer) -> dict[str, Tensor]:
-    """Everything there is, by the network it belongs to: adapters, frozen models, autoencoder, reward."""
-    networks = trainer.networks
-    tensors = {name: tensor.detach().clone() for name, tensor in networks.named_tensors().items()}
-    banks = [".down_", ".up_"]
-    for name, tensor in networks.backbone.transformer.state_dict().items():
-        if not any(bank in name for bank in banks):
-            tensors[f"reference.{name}"] = tensor.clone()
-    for name, tensor in networks.backbone.pipeline.vae.state_dict().items():
-        tensors[f"vae.{name}"] = tensor.clone()
-    assert isinstance(trainer.reward, Redness)
-    return tensors | {f"reward.{name}": tensor.clone() for name, tensor in trainer.reward.state_dict().items()}
-
-
-def moved(trainer: DIDRTrainer, before: dict[str, Tensor]) -> set[str]:
-    now = state(trainer)
-    assert now.keys() == before.keys()
-    return {name.partition(".")[0] for name in now if not torch.equal(now[name], before[name])}
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pipeline("sd3", tmp_path_factory.mktemp("sd3"))
 
 
 def gradients(trainer: DIDRTrainer) -> set[str]:
@@ -68,11 +39,6 @@ def gradients(trainer: DIDRTrainer) -> set[str]:
 
 
 # --- the stages ---
-
-
-def added_noise(x0: Tensor, draw: Any) -> Tensor:
-    """The noise of a draw, like x0."""
-    return crd_fast.noise(x0, torch.ones(len(x0)), seed=draw.eps.seed, sample_ids=draw.eps.sample_ids).x_t
 
 
 @pytest.mark.parametrize("origin", [False, True], ids=["one_model", "two_models"])
@@ -125,25 +91,6 @@ def test_warm_ups(folder: Path) -> None:
     assert row["ta_step"] == 4 and row["gap"] > 0 and "reward" not in row
     row = trainer.run_epoch()
     assert reward.calls > 0 and row["correction"] > 0 and set(row["reward"]) == {"redness"}
-
-
-@pytest.mark.parametrize("family", ["sd3", "sdxl"])
-def test_the_ta_regresses_what_its_model_predicts(family: str, folders: dict[str, Path]) -> None:
-    """SDXL's error is that of eps, a flow model's that of the velocity."""
-    trainer = make_trainer(make_recipe(family, folders[family]))
-    scramble(trainer, GENERATOR, TA)
-    (draw, _) = trainer._draw()
-    with torch.no_grad():
-        x0 = trainer.generator.sample(GENERATOR, draw.z, draw.conditioning)
-        level = draw.t[:, None, None, None]
-        eps = added_noise(x0, draw)
-        x_t = (1 - level) * x0 + level * eps
-        velocity = trainer.networks.predict(TA, x_t, draw.t, draw.conditioning)
-        errors = velocity - (eps - x0)
-        if family == "sdxl":
-            errors = x_t + (1 - level) * velocity - eps
-        got = trainer._ta_output(draw).errors
-    torch.testing.assert_close(got, errors.square().mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
 
 
 def test_distilling_is_training_with_a_reward_that_likes_all_images_alike(folder: Path) -> None:
@@ -350,77 +297,6 @@ def test_a_gradient_that_is_not_finite_is_not_stepped(folder: Path) -> None:
     assert moved(trainer, before) == set()
 
 
-# --- families ---
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_gradient_of_decoding(family: str, folders: dict[str, Path]) -> None:
-    """Against central differences along a direction, where no pixel is cut off."""
-    recipe = make_recipe(family, folders[family])
-    backbone = load_backbone(recipe.model, "fp32", torch.device("cpu"))
-    backbone.pipeline.vae.double()
-    x, along = (torch.randn(2, *backbone.latent_shape, dtype=torch.float64) for _ in range(2))
-    x = x.requires_grad_()
-    images = backbone.decode_with_graph(x)
-    weights = torch.randn(images.shape, dtype=torch.float64) * ((images > 0.01) & (images < 0.99))
-    assert weights.ne(0).float().mean() > 0.5
-    (slope,) = torch.autograd.grad((images * weights).sum(), x)
-    step = 1e-3
-
-    def value(side: float) -> Tensor:
-        return (backbone.decode(x.detach() + side * step * along) * weights).sum()
-
-    expected = (value(1) - value(-1)) / (2 * step)
-    torch.testing.assert_close((slope * along).sum(), expected, rtol=1e-3, atol=1e-4)
-    assert not backbone.decode(x).requires_grad
-    assert all(p.grad is None for p in backbone.pipeline.vae.parameters())
-
-
-@pytest.mark.parametrize("family", ["sd3", "z_image"])
-def test_one_step_of_a_flow_model_is_its_sampler(family: str, folders: dict[str, Path]) -> None:
-    trainer = make_trainer(make_recipe(family, folders[family]))
-    backbone = trainer.networks.backbone
-    z = initial_noise(backbone, torch.arange(3), 0)
-    with torch.no_grad(), trainer.networks.sets.rollout(backbone, BASE):
-        expected = generate(backbone, trainer.conditioning, z, steps=1)
-    with torch.no_grad():
-        got = trainer.generator.sample(GENERATOR, z, trainer.conditioning)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_sdxl_starts_at_its_timestep(folders: dict[str, Path]) -> None:
-    """The noise level of share 0.399 has the ratio of timestep 399, and the U-Net is told 399."""
-    trainer = make_trainer(make_recipe("sdxl", folders["sdxl"]))
-    backbone: Any = trainer.networks.backbone
-    signal = backbone._scheduler.alphas_cumprod[399].double()
-    ratio = ((1 - signal) / signal).sqrt()
-    assert trainer.generator.sigma == pytest.approx(float(ratio / (1 + ratio)), rel=1e-5)
-    assert backbone.timestep(torch.tensor([trainer.generator.sigma])).item() == pytest.approx(399, abs=1e-2)
-    shares = torch.tensor([0.02, 0.5, 0.98])
-    assert torch.allclose(backbone.timestep(backbone.sigma_at(shares)), shares * 1000, atol=0.05)
-    assert backbone.sigma_at(torch.tensor(1.0)).item() == pytest.approx(backbone._last, rel=1e-5)
-
-
-@pytest.mark.parametrize(("family", "scale", "weight"), [("sd3", 4.0, 4.0), ("z_image", 4.0, 5.0), ("sd3", 1.0, 1.0)])
-def test_guidance_is_that_of_the_familys_pipeline(
-    family: str, scale: float, weight: float, folders: dict[str, Path]
-) -> None:
-    trainer = make_trainer(make_recipe(family, folders[family], {"algorithm": {"guidance_scale": scale}}))
-    assert trainer.config.guidance_scale == weight
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_trains(family: str, folders: dict[str, Path]) -> None:
-    recipe = make_recipe(family, folders[family], {"algorithm": {"curvature": 0.5, "max_correction": 1.0}}, steps=1)
-    trainer = make_trainer(recipe)
-    scramble(trainer, GENERATOR)
-    assert isinstance(trainer.damping, GaussianDamping)
-    before = state(trainer)
-    row = trainer.run_epoch()
-    assert moved(trainer, before) == {GENERATOR, TA, EMA}
-    assert row["correction"] <= row["gap"] * 1.0001 and row["nonfinite"] == 0
-
-
 # --- it learns ---
 
 
@@ -451,24 +327,6 @@ def test_the_generator_follows_the_reward(folder: Path) -> None:
 # --- wrong input ---
 
 
-def test_guidance_that_is_not_linear(tmp_path: Path) -> None:
-    from tests.pipelines import qwen_image
-
-    recipe = make_recipe("sd3", qwen_image.save(tmp_path), {"model": {"max_sequence_length": 24}})
-    with pytest.raises(ConfigError, match="qwen_image rescales its guidance.* set it to 1.0"):
-        make_trainer(recipe)
-
-
 def test_a_batch_that_cannot_be_shared_out(folder: Path) -> None:
     with pytest.raises(ConfigError, match="train.batch is 6, .* use a micro_batch of 1, 2, 3, 6"):
         make_trainer(make_recipe("sd3", folder, batch=6, micro_batch=4))
-
-
-def test_a_generator_of_another_family(folders: dict[str, Path]) -> None:
-    from crd_fast.didr.networks import Networks
-
-    recipe = make_recipe("sd3", folders["sd3"], {"generator": {"path": "elsewhere"}})
-    other = make_recipe("sdxl", folders["sdxl"])
-    first, second = (load_backbone(r.model, "fp32", torch.device("cpu")) for r in (recipe, other))
-    with pytest.raises(ConfigError, match="generator.path elsewhere is sdxl .*expected the reference's, sd3"):
-        Networks.build(recipe, first, second)

@@ -10,6 +10,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+import crd_fast
 from crd_fast import cli
 from crd_fast.data.prompts import PromptSet
 from crd_fast.didr.networks import Networks
@@ -105,6 +106,31 @@ def scramble(trainer: DIDRTrainer, *slots: str) -> None:
         for slot in slots:
             for tensor in trainer.networks.sets_of(slot).tensors(slot):
                 tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
+
+
+def state(trainer: DIDRTrainer) -> dict[str, Tensor]:
+    """Everything there is, by the network it belongs to: adapters, frozen models, autoencoder, reward."""
+    networks = trainer.networks
+    tensors = {name: tensor.detach().clone() for name, tensor in networks.named_tensors().items()}
+    banks = [".down_", ".up_"]
+    for name, tensor in networks.backbone.transformer.state_dict().items():
+        if not any(bank in name for bank in banks):
+            tensors[f"reference.{name}"] = tensor.clone()
+    for name, tensor in networks.backbone.pipeline.vae.state_dict().items():
+        tensors[f"vae.{name}"] = tensor.clone()
+    assert isinstance(trainer.reward, Redness)
+    return tensors | {f"reward.{name}": tensor.clone() for name, tensor in trainer.reward.state_dict().items()}
+
+
+def moved(trainer: DIDRTrainer, before: dict[str, Tensor]) -> set[str]:
+    now = state(trainer)
+    assert now.keys() == before.keys()
+    return {name.partition(".")[0] for name in now if not torch.equal(now[name], before[name])}
+
+
+def added_noise(x0: Tensor, draw: Any) -> Tensor:
+    """The noise of a draw, like x0."""
+    return crd_fast.noise(x0, torch.ones(len(x0)), seed=draw.eps.seed, sample_ids=draw.eps.sample_ids).x_t
 
 
 def save_pipeline(family: str, folder: Path) -> Path:
