@@ -180,13 +180,24 @@ class Ranks:
 
 
 def choose_device(wanted: str | None) -> torch.device:
-    """The wanted one, or this rank's GPU, or the CPU."""
+    """The wanted one, or this rank's GPU, or the CPU. Raises ConfigError for one that is not there."""
     if wanted is not None:
-        return torch.device(wanted)
+        return _device(wanted)
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
+    return device
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)  # an accelerator that is missing is only told when it is used
+    except (RuntimeError, AssertionError) as error:
+        here = "cpu" if not torch.cuda.is_available() else f"cpu, cuda or cuda:0 to {torch.cuda.device_count() - 1}"
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used: expected {here} on this machine ({reason})") from error
     return device
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,9 @@ from crd_fast.errors import ConfigError, did_you_mean, nearest
 
 # a type hint -> what makes a value of it, given the YAML value and where it stands
 Converters = Mapping[Any, Callable[[Any, str], Any]]
+
+# command -> sections that its recipes alone have
+_SECTIONS = {"train": {"rewards", "snapshots", "rollout"}, "didr": {"reward", "generator", "decode"}}
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -132,28 +136,37 @@ def _convert(hint: Any, value: Any, where: str, converters: Converters) -> Any:
 def _number(value: Any, where: str) -> float:
     """A float; also from text such as 1e-4, which YAML 1.1 reads as a string, and inf."""
     try:
-        if isinstance(value, bool):
-            raise ValueError
-        return float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        raise ConfigError(f"{where} is {value!r}: expected a number") from None
+        number = math.nan
+    if math.isnan(number):
+        raise ConfigError(f"{where} is {value!r}: expected a number")
+    return number
 
 
 def require_at_least(least: int, section: str, settings: Any, *names: str) -> None:
     """Raises ConfigError, naming `section.name`, for the first of these fields that is below `least`."""
     for name in names:
         value = getattr(settings, name)
-        if value < least:
-            expected = f"at least {least}" if least else "0 or more"
+        if not least <= value < math.inf:
+            expected = f"at least {least}, and finite" if least else "0 or more, and finite"
             raise ConfigError(f"{section}.{name} is {value}: expected {expected}")
 
 
-def require_positive(section: str, settings: Any, *names: str) -> None:
-    """Raises ConfigError for the first of these fields that is not above 0."""
+def require_positive(section: str, settings: Any, *names: str, finite: bool = True) -> None:
+    """Raises ConfigError for the first of these fields that is not above 0, or infinite; None is a field unset."""
     for name in names:
         value = getattr(settings, name)
-        if not value > 0:
-            raise ConfigError(f"{section}.{name} is {value}: expected more than 0")
+        if value is not None and not (0 < value < math.inf or value == math.inf and not finite):
+            raise ConfigError(f"{section}.{name} is {value}: expected more than 0{', and finite' if finite else ''}")
+
+
+def require_finite(section: str, settings: Any, *names: str) -> None:
+    """Raises ConfigError for the first of these fields that is infinite; None is a field unset."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"{section}.{name} is {value}: expected a finite number")
 
 
 def require_known(section: str, settings: Any, name: str, known: Sequence[str]) -> None:
@@ -162,6 +175,14 @@ def require_known(section: str, settings: Any, name: str, known: Sequence[str]) 
     if value not in known:
         expected = ", ".join(map(repr, known))
         raise ConfigError(f"{section}.{name} is {value!r}: expected one of {expected}{did_you_mean(value, known)}")
+
+
+def require_command(command: str, recipe: str, tree: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a recipe that another command runs: it has sections of that one's own alone."""
+    (other,) = _SECTIONS.keys() - {command}
+    foreign = sorted(_SECTIONS[other] & tree.keys())
+    if foreign and not _SECTIONS[command] & tree.keys():
+        raise ConfigError(f"recipe {recipe} has {' and '.join(foreign)}, it is one of `crd-fast {other}`: use that")
 
 
 def without_defaults(value: Any) -> dict[str, Any]:

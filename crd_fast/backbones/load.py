@@ -27,18 +27,20 @@ def available() -> list[str]:
     return sorted({family for family, _, _ in _ADAPTERS.values()})
 
 
-def load(path: str, family: str | None = None, options: LoadOptions | None = None) -> Backbone:
+def load(
+    path: str, family: str | None = None, options: LoadOptions | None = None, *, key: str = "model.path"
+) -> Backbone:
     """Load a diffusers pipeline from a local folder or hub id behind its family's adapter.
 
-    family: checked against the pipeline's own class; None takes it from there.
+    family: checked against the pipeline's own class; None takes it from there. key: what messages call `path`.
 
     Raises ConfigError: no such folder and not a hub id that can be fetched (the wanted file is named), a pipeline of
     a family without an adapter, or `family` given and different.
     """
-    index = _pipeline_index(path)
+    index = _pipeline_index(path, key)
     pipeline = str(index.get("_class_name"))
     if pipeline not in _ADAPTERS:
-        raise ConfigError(f"model.path {path} is a {pipeline}: expected one of {', '.join(sorted(_ADAPTERS))}")
+        raise ConfigError(f"{key} {path} is a {pipeline}: expected one of {', '.join(sorted(_ADAPTERS))}")
     found, module, adapter = _ADAPTERS[pipeline]
     if family is not None and family not in available():
         raise ConfigError(f"model.family is {family!r}{nearest(family, available())}")
@@ -48,17 +50,17 @@ def load(path: str, family: str | None = None, options: LoadOptions | None = Non
     return backbone.from_pretrained(path, index, options or LoadOptions())
 
 
-def _pipeline_index(path: str) -> dict[str, Any]:
+def _pipeline_index(path: str, key: str) -> dict[str, Any]:
     """The pipeline's model_index.json."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         file = folder / "model_index.json"
         if not file.is_file():
-            raise ConfigError(f"model.path {path} has no model_index.json: expected a folder saved by save_pretrained")
+            raise ConfigError(f"{key} {path} has no model_index.json: expected a folder saved by save_pretrained")
         return json.loads(file.read_text())
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir()
     if looks_local:
-        raise ConfigError(f"model.path {path} is not a folder: give a pipeline folder or a hub id 'owner/name'")
+        raise ConfigError(f"{key} {path} is not a folder: give a pipeline folder or a hub id 'owner/name'")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 

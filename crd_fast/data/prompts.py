@@ -103,7 +103,9 @@ def load_prompts(path: str | Path, split: str | None = None) -> PromptSet:
 
 def _split_file(folder: Path, split: str | None) -> Path:
     if split is None:
-        raise ConfigError(f"{folder} is a folder: say which split of it to load, such as 'train' or 'test'")
+        files = sorted(file for file in folder.iterdir() if file.suffix in (".jsonl", ".txt"))
+        example = f", such as {files[0]}" if files else ""
+        raise ConfigError(f"{folder} is a folder: give the file of one split in it{example}, or name the split")
     names = (f"{split}_metadata.jsonl", f"{split}.jsonl", f"{split}.txt")
     present = [folder / name for name in names if (folder / name).is_file()]
     if len(present) != 1:

@@ -24,6 +24,7 @@ from crd_fast.training.config import (
     ModelSettings,
     RunSettings,
     check_evaluation,
+    check_lora,
 )
 from crd_fast.training.resume import check_equal
 from crd_fast.training.run_directory import RunDirectory
@@ -122,6 +123,7 @@ class AlgorithmSettings:
         if not 0 < self.reward_until <= 1:
             raise ConfigError(f"algorithm.reward_until is {self.reward_until}: expected a share in (0, 1]")
         settings.require_at_least(0, "algorithm", self, "curvature")
+        settings.require_finite("algorithm", self, "guidance_scale", "timestep_mean")
         if not 0 < self.low < self.high < 1:
             raise ConfigError(f"algorithm.low {self.low} and algorithm.high {self.high}: expected 0 < low < high < 1")
         self.stage_two(1.0 if self.beta is None else self.beta, guidance_scale=1.0, split=self.split)
@@ -147,6 +149,9 @@ class LoraSettings:
     rank: int = 64
     alpha: float = 64.0
     targets: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_lora(self)
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,8 @@ class TrainSettings:
         counts = ("epochs", "steps", "batch", "micro_batch", "ta_ratio", "checkpoint_every", "keep_checkpoints")
         settings.require_at_least(1, "train", self, *counts, "max_skipped")
         settings.require_at_least(0, "train", self, "ta_warmup", "distil", "warmup", "weight_decay")
-        settings.require_positive("train", self, "lr", "ta_lr", "max_grad_norm", "timeout_minutes")
+        settings.require_positive("train", self, "lr", "ta_lr", "max_minutes", "timeout_minutes")
+        settings.require_positive("train", self, "max_grad_norm", finite=False)
         if not 0 <= self.cooldown <= 1:
             raise ConfigError(f"train.cooldown is {self.cooldown}: expected a share of the run in [0, 1]")
         if not 0 <= self.towards_start < 1:
@@ -302,7 +308,7 @@ class DIDRRecipe:
 
     def check_resumed(self, directory: RunDirectory) -> None:
         """A resumed run must be the same run. Raises ConfigError naming the keys that differ."""
-        saved = build_recipe(yaml.safe_load((directory / "config.yaml").read_text()), self.name)
+        saved = build_recipe(settings.read_recipe(directory / "config.yaml"), self.name)
         # where the rates fall towards the run's end, its length is part of every step
         free = [key for key in _FREE if key != "train.epochs" or not self.train.cooldown]
         check_equal(dump_recipe(saved), dump_recipe(self), free)
@@ -319,6 +325,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> DIDRRecipe:
 
 def build_recipe(tree: Mapping[str, Any], name: str) -> DIDRRecipe:
     """A recipe from nested mappings; see `load_recipe` for errors."""
+    settings.require_command("didr", name, tree)
     return settings.build(DIDRRecipe, {"name": name} | dict(tree), converters={RewardSettings: _reward})
 
 

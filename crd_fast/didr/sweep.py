@@ -180,6 +180,8 @@ class _Sweep:
         except NonFiniteError as error:  # on every rank: gradients are averaged before they are looked at
             self.report.say(f"{member.folder} failed: {error}")
             self.failed.append(member.row() | {"reason": str(error)})
+        finally:
+            directory.release()
         _free(recipe)
 
     def _states(self) -> list[str]:

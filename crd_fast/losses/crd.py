@@ -95,9 +95,12 @@ def loss(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or device, the batch is empty, a reference is needed
-            and missing, or values are not finite (looked at on CPU, elsewhere with CRD_FAST_CHECKS=1).
+            and missing, or advantages or weights are not finite (looked at on CPU, elsewhere with CRD_FAST_CHECKS=1).
+            Predictions are not looked at: NaN in one is NaN in the loss.
         ExtensionMissingError: see `crd_fast.ops`.
     """
+    if not isinstance(config, CRDConfig):
+        raise ValueError(f"config: expected a CRDConfig, such as CRDConfig(beta=...), got {config!r}")
     checks.require_latents("f_theta", f_theta)
     _check_reference(ref, ref_uncond, guidance_scale, config)
     inputs = residual_inputs(

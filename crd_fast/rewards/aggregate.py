@@ -12,6 +12,8 @@ from torch import Tensor
 from crd_fast.errors import ConfigError, RewardError, nearest
 
 ON_ERROR = ("raise", "mask")
+ADVANTAGE_MODES = ("sum", "gdpo")
+ADVANTAGE_SCOPES = ("global", "group")
 
 
 @dataclass(frozen=True)
@@ -219,9 +221,9 @@ def _check_settings(
     floor: float,
     eps: float,
 ) -> None:
-    if mode not in ("sum", "gdpo"):
+    if mode not in ADVANTAGE_MODES:
         raise ConfigError(f"advantage mode is {mode!r}: expected 'sum' or 'gdpo'")
-    if scope not in ("global", "group"):
+    if scope not in ADVANTAGE_SCOPES:
         raise ConfigError(f"advantage scope is {scope!r}: expected 'global' or 'group'")
     if mode == "gdpo" and scope == "group":
         raise ConfigError("advantage mode 'gdpo' always normalises in groups and whitens over the batch: drop scope")

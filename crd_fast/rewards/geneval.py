@@ -120,6 +120,28 @@ def _check_position(position: Any, index: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a detector can find: names of classes, and of their colours."""
+
+    classes: tuple[str, ...]
+    colors: tuple[str, ...]
+
+    def check(self, metadata: Metadata) -> None:
+        """Raises DataError for a GenEval entry that asks for what is never found, and would score 0 whatever it shows.
+
+        An entry of `exclude` that is never found would never count.
+        """
+        for kind in ("include", "exclude"):
+            for index, part in enumerate(metadata.get(kind, [])):
+                for key, known in (("class", self.classes), ("color", self.colors)):
+                    if key in part and part[key] not in known:
+                        raise DataError(
+                            f"{kind}[{index}].{key} is {part[key]!r}, which the detector does not know"
+                            f"{nearest(part[key], known)}"
+                        )
+
+
 def relations(box: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> frozenset[str]:
     """The relations of `box` to `other`, (x0, y0, x1, y1) in pixels with y downwards; none when too close.
 
@@ -246,7 +268,7 @@ class GenEvalReward:
     It is asked about the objects whose colour counts, and not needed where the detector itself sees colours.
     `score` chooses what is trained on: "soft" is dense but keeps paying part for a wrong image, "strict" is
     the target but is often 0 for a whole group, "strict+soft" is the mean of the two, "accuracy" is the
-    benchmark's rule.
+    benchmark's rule. `vocabulary` is what the detector can find; None takes any names.
     """
 
     differentiable = False
@@ -257,12 +279,13 @@ class GenEvalReward:
         score: str = "soft",
         name: str = "geneval",
         colors: Callable[[Tensor, Sequence[tuple[int, Detection]]], Sequence[str]] | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         if score not in SCORES:
             raise ConfigError(f"GenEval score is {score!r}{nearest(score, SCORES)}")
         if name in SCORES:
             raise ConfigError(f"reward name {name!r} is also the name of one of its diagnostics: choose another")
-        self.detector, self.colors = detector, colors
+        self.detector, self.colors, self.vocabulary = detector, colors, vocabulary
         self.score = score
         self.name = name
         self.requires: frozenset[str] = frozenset({"include"})
@@ -271,8 +294,8 @@ class GenEvalReward:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> dict[str, Tensor]:
         """float32 (B,) CPU tensors: the chosen score under `name`, and accuracy, strict and soft.
 
-        Raises RewardError for an item without "include", and when the detector does not return one list an
-        image or `colors` not one name an object.
+        Raises RewardError for an item without "include" or with names that the detector does not know, and when the
+        detector does not return one list an image or `colors` not one name an object.
         """
         for index, (prompt, entry) in enumerate(zip(prompts, metadata, strict=True)):
             if "include" not in entry:
@@ -280,6 +303,11 @@ class GenEvalReward:
                     f"reward {self.name!r}: item {index}, prompt {prompt!r}, has metadata keys "
                     f"{sorted(entry)}: expected 'include'; use a GenEval prompt set"
                 )
+            if self.vocabulary is not None:
+                try:
+                    self.vocabulary.check(entry)
+                except DataError as error:
+                    raise RewardError(f"reward {self.name!r}: item {index}, prompt {prompt!r}: {error}") from error
         found = self.detector(images)
         if len(found) != len(metadata):
             raise RewardError(

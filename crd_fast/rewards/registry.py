@@ -10,8 +10,8 @@ from crd_fast.errors import ConfigError, nearest
 from crd_fast.rewards.aesthetic import Aesthetic, AestheticOptions
 from crd_fast.rewards.base import Reward
 from crd_fast.rewards.clipscore import ClipScore, ClipScoreOptions
-from crd_fast.rewards.geneval import GenEvalReward
-from crd_fast.rewards.geneval_detector import ClipColors, Mask2FormerDetector, Mask2FormerOptions
+from crd_fast.rewards.geneval import GenEvalReward, Vocabulary
+from crd_fast.rewards.geneval_detector import CLASSES, COLORS, ClipColors, Mask2FormerDetector, Mask2FormerOptions
 from crd_fast.rewards.hpsv2 import HPSv2, HPSv2Options
 from crd_fast.rewards.imagereward import ImageReward, ImageRewardOptions
 from crd_fast.rewards.jpeg import JpegCompressibility, JpegSettings
@@ -21,6 +21,7 @@ from crd_fast.rewards.remote.client import RemoteOptions, RemoteReward
 from crd_fast.rewards.remote.legacy import LegacyOptions, LegacyReward
 from crd_fast.rewards.shapes import detect_shapes
 from crd_fast.rewards.shapes_judge import ShapesJudge, ShapesJudgeOptions
+from crd_fast.shapes import world
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,18 @@ class GenEvalOptions(Mask2FormerOptions):
             )
 
 
-# name -> what finds objects, and what names their colours where that is not the same
-_DETECTORS: dict[str, Callable[[GenEvalOptions], tuple[Callable[..., Any], Callable[..., Any] | None]]] = {
-    "mask2former": lambda options: (Mask2FormerDetector(options), ClipColors(options)),
-    "shapes": lambda options: (detect_shapes, None),
+# name -> what finds objects, what names their colours where that is not the same, and the names that there are
+_DETECTORS: dict[str, Callable[[GenEvalOptions], tuple[Callable[..., Any], Callable[..., Any] | None, Vocabulary]]] = {
+    "mask2former": lambda options: (Mask2FormerDetector(options), ClipColors(options), Vocabulary(CLASSES, COLORS)),
+    "shapes": lambda options: (detect_shapes, None, Vocabulary(world.SHAPES, tuple(world.COLORS))),
 }
 
 
 def _geneval(options: GenEvalOptions) -> Reward:
     if options.detector not in _DETECTORS:
         raise ConfigError(f"rewards.geneval.detector is {options.detector!r}{nearest(options.detector, _DETECTORS)}")
-    detector, colors = _DETECTORS[options.detector](options)
-    return GenEvalReward(detector, score=options.score, colors=colors)
+    detector, colors, vocabulary = _DETECTORS[options.detector](options)
+    return GenEvalReward(detector, score=options.score, colors=colors, vocabulary=vocabulary)
 
 
 def _ocr(options: OcrSettings) -> Reward:

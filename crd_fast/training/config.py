@@ -18,7 +18,7 @@ from crd_fast.errors import ConfigError, nearest
 from crd_fast.forward_process import TIMESTEP_STRATEGIES
 from crd_fast.losses.config import CRDConfig
 from crd_fast.rewards import registry
-from crd_fast.rewards.aggregate import RewardSpec
+from crd_fast.rewards.aggregate import ADVANTAGE_MODES, ADVANTAGE_SCOPES, RewardSpec
 from crd_fast.rollout import SOLVERS
 from crd_fast.snapshots import DecaySchedule
 
@@ -78,6 +78,9 @@ class AlgorithmSettings(CRDConfig):
             raise ConfigError(
                 f"algorithm.min_group is {self.min_group}: expected at least 2, samples are compared in it"
             )
+        settings.require_known("algorithm", self, "advantage_mode", ADVANTAGE_MODES)
+        settings.require_known("algorithm", self, "advantage_scope", ADVANTAGE_SCOPES)
+        settings.require_finite("algorithm", self, "guidance_scale")
         if self.reduction != "mean" or self.prediction != "v":
             raise ConfigError("algorithm.reduction and algorithm.prediction belong to the loss: the trainer sets them")
         self.loss_config()
@@ -109,6 +112,15 @@ class LoraSettings:
     path: str | None = None
     merge: bool = True
 
+    def __post_init__(self) -> None:
+        check_lora(self)
+
+
+def check_lora(lora: Any) -> None:
+    """What the adapters of both kinds of run have in common. Raises ConfigError."""
+    settings.require_at_least(1, "lora", lora, "rank")
+    settings.require_positive("lora", lora, "alpha")
+
 
 @dataclass(frozen=True)
 class RolloutSettings:
@@ -127,6 +139,7 @@ class RolloutSettings:
     def __post_init__(self) -> None:
         settings.require_at_least(1, "rollout", self, "steps", "batch", "decode_batch", "scored_frames")
         settings.require_known("rollout", self, "solver", SOLVERS)
+        settings.require_finite("rollout", self, "guidance_scale")
 
 
 @dataclass(frozen=True)
@@ -176,9 +189,10 @@ class TrainSettings:
         counts = ("epochs", "groups", "micro_batch", "updates", "inner_epochs", "timesteps")
         settings.require_at_least(1, "train", self, *counts, "checkpoint_every", "keep_checkpoints", "max_skipped")
         settings.require_at_least(0, "train", self, "warmup", "cooldown", "weight_decay")
-        settings.require_positive(
-            "train", self, "timestep_std", "timestep_shift", "lr", "max_grad_norm", "timeout_minutes"
-        )
+        positive = ("timestep_std", "timestep_shift", "lr", "max_minutes", "timeout_minutes")
+        settings.require_positive("train", self, *positive)
+        settings.require_positive("train", self, "max_grad_norm", finite=False)
+        settings.require_finite("train", self, "timestep_mean")
         settings.require_known("train", self, "parameters", PARAMETERS)
         settings.require_known("train", self, "sharding", SHARDING)
         settings.require_known("train", self, "timestep_strategy", TIMESTEP_STRATEGIES)
@@ -262,6 +276,7 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         check_evaluation(self)
+        settings.require_finite("evaluation", self, "reference_guidance")
 
 
 def check_evaluation(evaluation: Any) -> None:
@@ -269,6 +284,7 @@ def check_evaluation(evaluation: Any) -> None:
     if evaluation.suite is not None:
         settings.require_known("evaluation", evaluation, "suite", SUITES)
     settings.require_at_least(1, "evaluation", evaluation, "images", "steps", "batch")
+    settings.require_finite("evaluation", evaluation, "guidance_scale")
 
 
 @dataclass(frozen=True)
@@ -319,6 +335,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def build_recipe(tree: Mapping[str, Any], name: str) -> Recipe:
     """A recipe from nested mappings; see `load_recipe` for errors."""
+    settings.require_command("train", name, tree)
     return settings.build(Recipe, {"name": name} | dict(tree), converters={dict[str, RewardSettings]: _rewards})
 
 
@@ -339,6 +356,8 @@ def _rewards(value: Any, where: str) -> dict[str, RewardSettings]:
     rewards = {}
     for name, section in value.items():
         options_type = registry.options_type(str(name))
+        if not isinstance(section or {}, Mapping):
+            raise ConfigError(f"{where}.{name} is {section!r}: expected a section of options, such as {{weight: 1}}")
         entries = dict(section or {})
         spec_names = {f.name for f in fields(RewardSpec)}
         option_names = {f.name for f in fields(options_type)}

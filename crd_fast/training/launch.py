@@ -72,13 +72,15 @@ def launch(
                 ) from error
             except dist.DistError as error:
                 raise lost(ranks, error) from error
+            finally:
+                directory.release()
     finally:
         ranks.close()
 
 
 def open_directory(settings: Launch, resume: bool, ranks: Ranks) -> RunDirectory:
-    """The first rank finds or makes the directory, the others are told of it."""
-    name = None
+    """The first rank finds or makes the directory, and holds it until its `release`; the others are told of it."""
+    name = directory = None
     failure: ConfigError | None = None
     if ranks.first:
         try:
@@ -88,9 +90,11 @@ def open_directory(settings: Launch, resume: bool, ranks: Ranks) -> RunDirectory
             name = str(directory.path)
         except ConfigError as error:
             failure = error
+            if directory is not None:
+                directory.release()
     name = ranks.tell(name)
     if failure is not None:
         raise failure
     if name is None:
         raise RankError("the first rank could not open the run directory: see its message")
-    return RunDirectory(Path(name))
+    return directory or RunDirectory(Path(name))

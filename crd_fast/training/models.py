@@ -17,8 +17,11 @@ from crd_fast.training.embeddings import embed, model_key
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load_backbone(settings: ModelSettings, dtype: str, device: torch.device) -> Backbone:
-    """The model behind its family's adapter. dtype: a key of `DTYPES`. Raises ConfigError as `backbones.load` does."""
+def load_backbone(settings: ModelSettings, dtype: str, device: torch.device, key: str = "model.path") -> Backbone:
+    """The model behind its family's adapter. dtype: a key of `DTYPES`; key: what messages call the path.
+
+    Raises ConfigError as `backbones.load` does.
+    """
     options = backbones.LoadOptions(
         device=device,
         dtype=DTYPES[dtype],
@@ -27,7 +30,7 @@ def load_backbone(settings: ModelSettings, dtype: str, device: torch.device) -> 
         frames=settings.frames,
         distilled_guidance=settings.distilled_guidance,
     )
-    return backbones.load(settings.path, settings.family, options)
+    return backbones.load(settings.path, settings.family, options, key=key)
 
 
 def load_generator(path: str, reference: Backbone, settings: ModelSettings, dtype: str) -> Backbone:
@@ -39,7 +42,7 @@ def load_generator(path: str, reference: Backbone, settings: ModelSettings, dtyp
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
         return reference.with_model(str(folder))
-    loaded = load_backbone(replace(settings, path=path), dtype, reference.device)
+    loaded = load_backbone(replace(settings, path=path), dtype, reference.device, "generator.path")
     loaded.release_text_encoders()
     loaded.pipeline.vae = None
     return loaded

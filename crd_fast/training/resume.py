@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import yaml
 from torch import Tensor
 
+from crd_fast import settings
 from crd_fast.errors import ConfigError
 from crd_fast.training.config import Recipe, build_recipe, dump_recipe
 from crd_fast.training.run_directory import RunDirectory
@@ -28,7 +29,7 @@ _FREE = (
 
 def check_same(recipe: Recipe, directory: RunDirectory) -> None:
     """A resumed run must be the same run. Raises ConfigError naming the keys that differ."""
-    saved = build_recipe(yaml.safe_load((directory / "config.yaml").read_text()), recipe.name)
+    saved = build_recipe(settings.read_recipe(directory / "config.yaml"), recipe.name)
     check_equal(dump_recipe(saved), dump_recipe(recipe), _FREE)
 
 

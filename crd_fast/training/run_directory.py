@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import json
+import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -17,46 +21,67 @@ from torch import Tensor
 from crd_fast.errors import ConfigError
 from crd_fast.whole_files import write_json, write_text
 
+LOCK = ".lock"  # of a run directory: who runs in it
+
 
 class RunDirectory:
     """runs/<name>: config.yaml, metrics.jsonl, summary.json, samples/, checkpoints/, lora/, report.html."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._claim: TextIO | None = None
 
     @classmethod
     def open(cls, wanted: str | None, recipe: str, *, resume: bool) -> RunDirectory:
-        """The directory to run in.
+        """The directory to run in, which no other process can open until `release`.
 
         A new run needs a folder without a run in it; resuming needs one with. Without `wanted` a new run makes
         runs/<recipe>-<time> and resuming takes the newest of those.
 
-        Raises ConfigError saying which, or that the folder cannot be written.
+        Raises ConfigError saying which, that another process runs in it, or that the folder cannot be written.
         """
         if wanted is not None:
             path = Path(wanted)
-        elif resume:
-            earlier = sorted(Path("runs").glob(f"{recipe}-*/config.yaml"))
-            if not earlier:
-                raise ConfigError(f"--resume: no run of recipe {recipe} under runs/; name it with run.dir=...")
-            path = earlier[-1].parent
         else:
-            path = Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-        has_run = (path / "config.yaml").exists()
-        if resume and not has_run:
+            path = _newest(recipe) if resume else _made(recipe)
+        if resume and not (path / "config.yaml").exists():
             raise ConfigError(f"--resume: {path} holds no run (no config.yaml); start it without --resume")
-        if has_run and not resume:
+        directory = cls(path)
+        directory._take()
+        if not resume and (path / "config.yaml").exists():
+            directory.release()
             raise ConfigError(
                 f"run.dir {path} already holds a run: add --resume to continue it, or name another run.dir"
             )
+        return directory
+
+    def _take(self) -> None:
+        """Lock the folder; the lock goes with the process, however that ends."""
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            probe = path / ".writable"
-            probe.write_text("")
-            probe.unlink()
+            self.path.mkdir(parents=True, exist_ok=True)
+            claim = (self / LOCK).open("a+", encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"run.dir {path} cannot be written: {error}") from error
-        return cls(path)
+            raise ConfigError(f"run.dir {self.path} cannot be written: {error}") from error
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            claim.seek(0)
+            holder = claim.read().strip() or "another process"
+            claim.close()
+            raise ConfigError(
+                f"run.dir {self.path} is in use by {holder} ({error.strerror}): wait for it, stop it, or name another "
+                "run.dir"
+            ) from error
+        claim.truncate(0)
+        claim.write(f"process {os.getpid()} on {platform.node()}")
+        claim.flush()
+        self._claim = claim
+
+    def release(self) -> None:
+        """Let other processes open it; nothing for one that was not opened here."""
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -112,6 +137,30 @@ class RunDirectory:
                 "command": " ".join(["crd-fast", *sys.argv[1:]]),
             },
         )
+
+
+def _newest(recipe: str) -> Path:
+    """The newest runs/<recipe>-<time> that holds a run: not a folder that somebody named so, or another recipe's."""
+    ours = re.compile(re.escape(recipe) + r"-\d{8}-\d{6}(-\d+)?")
+    earlier = [file.parent for file in Path("runs").glob("*/config.yaml") if ours.fullmatch(file.parent.name)]
+    if not earlier:
+        raise ConfigError(f"--resume: no run of recipe {recipe} under runs/; name it with run.dir=...")
+    return max(earlier, key=lambda path: [int(part) for part in path.name[len(recipe) + 1 :].split("-")])
+
+
+def _made(recipe: str) -> Path:
+    """A new folder runs/<recipe>-<time>, also where several runs start in one second."""
+    name = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"run.dir {path} cannot be written: {error}") from error
+        return path
+    raise AssertionError("unreachable: itertools.count has no end")
 
 
 def _commit() -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crd_fast.data.prompts import PromptSet
+from crd_fast.evaluation.run_files import read_object
 from crd_fast.training.config import Recipe
 from crd_fast.training.memory import peak_gigabytes
 from crd_fast.training.run_directory import RunDirectory
@@ -46,9 +47,9 @@ def summarize(directory: RunDirectory, recipe: Recipe, epochs: int, test_prompts
 
 
 def read_sides(directory: RunDirectory) -> dict[str, Any]:
-    """The run's evaluations by side, in the order in which they are told."""
+    """The run's evaluations by side, in the order in which they are told. Raises DataError for a damaged file."""
     files = {side: directory / f"evaluation_{side}.json" for side in SIDES}
-    return {side: json.loads(file.read_text()) for side, file in files.items() if file.exists()}
+    return {side: read_object(file) for side, file in files.items() if file.exists()}
 
 
 def write_timing(directory: RunDirectory) -> float:

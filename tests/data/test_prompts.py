@@ -87,7 +87,7 @@ def test_folder_needs_exactly_one_file_for_the_split(tmp_path):
 
 
 def test_split_goes_with_a_folder(tmp_path):
-    with pytest.raises(ConfigError, match="which split"):
+    with pytest.raises(ConfigError, match="give the file of one split in it"):
         load_prompts(tmp_path)
     with pytest.raises(ConfigError, match="not a folder"):
         load_prompts(write(tmp_path / "t.txt", "a"), "train")

@@ -43,6 +43,7 @@ BAD = [
     ("f_theta", X[:0], r"f_theta: the batch is empty \(B = 0\)"),
     ("f_theta", X[:, :0], r"f_theta: a sample has no elements"),
     ("f_theta", X.numpy(), r"f_theta: .*ndarray"),
+    ("config", {"beta": 1}, r"config: expected a CRDConfig, .*got \{'beta': 1\}"),
     ("target", X[:3], r"target: expected shape \(4, 3, 5\).*\(3, 3, 5\)"),
     ("target", X.int(), r"target: .*int32"),
     ("target", None, r"target: .*None"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crd_fast.errors import ConfigError, RewardError
-from crd_fast.rewards import Detection, GenEvalReward
+from crd_fast.errors import ConfigError, DataError, RewardError
+from crd_fast.rewards import Detection, GenEvalReward, registry
+from crd_fast.rewards.geneval import Vocabulary
 
 
 def obj(label, color=None, score=0.95):
@@ -47,6 +48,30 @@ def test_reward_names_the_item_without_include():
     with pytest.raises(RewardError, match=r"item 1, prompt 'a red cow', .*\['text'\].*'include'"):
         reward(IMAGES, BATCH[0], [BATCH[1][0], {"text": "42"}])
     assert reward.requires == {"include"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"include": [{"class": "cwo", "count": 1}]}, r"include\[0\].class is 'cwo', .*did you mean 'cow'"),
+        ({"include": [{"class": "cow", "count": 1, "color": "rde"}]}, r"include\[0\].color is 'rde', .*did you mean 'red'"),
+        (ANY_COW | {"exclude": [{"class": "dgo", "count": 2}]}, r"exclude\[0\].class is 'dgo', .*did you mean 'dog'"),
+    ],
+)
+def test_reward_refuses_names_that_its_detector_never_finds(entry, message):
+    """They would score 0 whatever the image shows."""
+    reward = GenEvalReward(lambda images: FOUND, vocabulary=Vocabulary(("cow", "dog"), ("red", "blue")))
+    assert reward(IMAGES, *BATCH)["geneval"].tolist() == [1, 0.5]
+    with pytest.raises(RewardError, match=f"item 1, prompt 'a red cow': {message}"):
+        reward(IMAGES, BATCH[0], [ANY_COW, entry])
+
+
+@pytest.mark.parametrize(("detector", "name", "known"), [("shapes", "cow", "circle"), ("mask2former", "circle", "cow")])
+def test_the_detectors_have_their_own_names(detector, name, known):
+    reward = registry.build("geneval", registry.options_type("geneval")(detector=detector))
+    with pytest.raises(DataError, match=f"class is '{name}', which the detector does not know"):
+        reward.vocabulary.check({"include": [{"class": name, "count": 1}]})
+    reward.vocabulary.check({"include": [{"class": known, "count": 1, "color": "red"}]})
 
 
 def test_reward_refuses_a_detector_of_wrong_length():

@@ -63,6 +63,18 @@ def test_overrides_and_numbers_yaml_reads_as_text(tmp_path: Path) -> None:
         ("train.timestep_std=0", "train.timestep_std is 0.0: expected more than 0"),
         ("train.weight_decay=-1", "train.weight_decay is -1.0: expected 0 or more"),
         ("train.max_skipped=0", "train.max_skipped is 0: expected at least 1"),
+        ("train.lr=.inf", "train.lr is inf: expected more than 0, and finite"),
+        ("train.lr=.nan", "train.lr is nan: expected a number"),
+        ("train.max_minutes=-1", "train.max_minutes is -1.0: expected more than 0"),
+        ("train.weight_decay=.inf", "train.weight_decay is inf: expected 0 or more, and finite"),
+        ("train.timestep_mean=-.inf", "train.timestep_mean is -inf: expected a finite number"),
+        ("lora.alpha=0", "lora.alpha is 0.0: expected more than 0"),
+        ("lora.rank=0", "lora.rank is 0: expected at least 1"),
+        ("algorithm.guidance_scale=.inf", "algorithm.guidance_scale is inf: expected a finite number"),
+        ("algorithm.advantage_mode=gdop", "algorithm.advantage_mode is 'gdop': .*did you mean 'gdpo'"),
+        ("algorithm.advantage_scope=x", "algorithm.advantage_scope is 'x': expected one of 'global', 'group'"),
+        ("evaluation.reference_guidance=.inf", "evaluation.reference_guidance is inf"),
+        ("rewards.ocr=1", "rewards.ocr is 1: expected a section of options"),
         ("train.parameters=none", "expected one of 'lora', 'full'$"),
         ("lora.targets=attn", "lora.targets is 'attn': expected a list"),
         ("rollout.steps=0", "rollout.steps is 0"),
@@ -76,6 +88,19 @@ def test_wrong_keys_and_values_say_what_is_right(tmp_path: Path, override: str, 
     file.write_text(yaml.safe_dump(LEAST))
     with pytest.raises(ConfigError, match=message):
         load_recipe(file, [override])
+
+
+def test_no_clipping_is_an_infinite_norm() -> None:
+    assert build_recipe(LEAST | {"train": {"max_grad_norm": "inf"}}, "x").train.max_grad_norm == float("inf")
+
+
+def test_a_recipe_of_the_other_command_names_it() -> None:
+    with pytest.raises(ConfigError, match="recipe x has generator and reward, it is one of `crd-fast didr`"):
+        build_recipe({"model": {"path": "m"}, "reward": {"name": "ocr"}, "generator": {}}, "x")
+    with pytest.raises(ConfigError, match="recipe x has rewards, it is one of `crd-fast train`"):
+        didr.build_recipe(LEAST, "x")
+    with pytest.raises(ConfigError, match="unknown key reward; did you mean 'rewards'"):
+        build_recipe(LEAST | {"reward": {"name": "ocr"}}, "x")
 
 
 def test_missing_parts_are_named(tmp_path: Path) -> None:

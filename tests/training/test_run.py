@@ -220,6 +220,24 @@ def test_wrong_input_exits_2_and_says_what_to_do(
     assert message in capsys.readouterr().err
 
 
+def test_damaged_files_of_a_run_are_named_or_made_again(
+    recipe: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (embeddings,) = (run / "embeddings").iterdir()
+    whole = embeddings.read_bytes()
+    embeddings.write_bytes(whole[:100])
+    train(recipe, f"run.dir={run}", "--resume")
+    assert embeddings.read_bytes() == whole
+    (run / "evaluation_before.json").write_text("{")
+    train(recipe, f"run.dir={run}", "--resume", code=2)
+    assert "evaluation_before.json: not JSON" in capsys.readouterr().err
+    (run / "config.yaml").write_text("a: [")
+    train(recipe, f"run.dir={run}", "--resume", code=2)
+    assert "config.yaml is not valid YAML" in capsys.readouterr().err
+
+
 def test_ocr_prompts_need_their_quotes(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     signs = f"data.prompts={recipe.parent / 'signs.jsonl'}"
     train(recipe, f"run.dir={tmp_path / 'run'}", signs, "rewards={ocr: {weight: 1}}", code=2)
