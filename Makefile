@@ -1,8 +1,10 @@
 # The only set-up a fresh machine needs: Python >= 3.10 and a C++17 compiler.
 #   make demo ARGS="train.epochs=2"     overrides of the recipe
 #   make test PYTHON=python3.12         the interpreter the environment is made from
+#   make test WORKERS=8                 files of tests run in so many processes
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.h csrc/*.cpp)
@@ -13,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/crd-fast train recipes/shapes.yaml $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.tables --require $(ARGS)

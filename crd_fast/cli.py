@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CrdFastError as error:
         print(f"crd-fast: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # where nothing handles it better, such as while libraries are loaded
+        print("crd-fast: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser("sample", help="PNGs from a model, with a trained LoRA or without")
     sample.add_argument("--model", required=True, help="pipeline folder or hub id")
+    sample.add_argument("--transformer", metavar="FOLDER", help="full fine-tuning's model or run directory")
     sample.add_argument("--lora", help="folder with pytorch_lora_weights.safetensors, or a run directory")
     sample.add_argument("--prompt", required=True, action="append", help="may be given several times")
     sample.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNGs (default: samples)")
@@ -99,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="make a suite's images, score them, write tables and a page")
     evaluate.add_argument("--suite", required=True, help="shapes, geneval, ocr or drawbench")
     evaluate.add_argument("--model", help="pipeline folder or hub id")
+    evaluate.add_argument("--transformer", metavar="FOLDER", help="full fine-tuning's model or run directory")
     evaluate.add_argument("--lora", help="LoRA folder or file, or a run directory")
     evaluate.add_argument("--run", dest="run_directory", type=Path, help="run directory: its base and its final LoRA")
     evaluate.add_argument("--checkpoints", default="final", help="with --run: final, or all for every checkpoint too")
@@ -198,6 +203,7 @@ def _sample(options: argparse.Namespace) -> int:
 
     files = sample_to_folder(
         model=options.model,
+        transformer=options.transformer,
         lora=options.lora,
         prompts=options.prompt,
         out=options.out,
@@ -208,8 +214,12 @@ def _sample(options: argparse.Namespace) -> int:
         seed=options.seed,
         device=options.device,
     )
-    for file in files:
-        print(file)
+    try:
+        for file in files:
+            print(file, flush=True)
+    except KeyboardInterrupt:
+        print(f"stopped; the images that were made stay in {options.out}")
+        return 130
     return 0
 
 

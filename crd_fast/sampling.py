@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from crd_fast import backbones
+from crd_fast.backbones import LoadOptions
 from crd_fast.errors import ConfigError
+from crd_fast.evaluation.folders import open_folder
+from crd_fast.evaluation.models import load_model
+from crd_fast.evaluation.pictures import to_pixels
+from crd_fast.evaluation.settings import require_sampler
 from crd_fast.lora import LoRABank
 from crd_fast.lora_file import read_adapter
+from crd_fast.ranks import choose_device
 from crd_fast.rollout import generate, initial_noise
 from crd_fast.snapshots import BASE, TRAINED
+from crd_fast.whole_files import write_whole
+
+BATCH = 16
 
 
 def sample_to_folder(
     *,
     model: str,
+    transformer: str | None,
     lora: str | None,
     prompts: Sequence[str],
     out: Path,
@@ -27,44 +38,57 @@ def sample_to_folder(
     max_sequence_length: int | None,
     seed: int,
     device: str | None,
-) -> list[Path]:
-    """Write `count` PNGs a prompt, animated ones of videos, to `out`; returns their paths. A seed gives the same again.
+) -> Iterator[Path]:
+    """Write `count` PNGs a prompt, animated ones of videos, to `out`, and yield each path once its file is there.
 
-    Raises ConfigError or CheckpointError for a model, LoRA or number that does not fit.
+    A seed gives the same again. transformer: see `evaluation.models.load_model`.
+
+    Raises ConfigError or CheckpointError for a model, LoRA, device or number that does not fit, and for a folder that
+    cannot be written to or has such files; NonFiniteError for NaN pixels.
     """
-    if count < 1 or steps < 1:
-        raise ConfigError(f"count {count} and steps {steps}: expected at least 1")
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if chosen.startswith("cuda") else torch.float32
-    options = backbones.LoadOptions(torch.device(chosen), dtype, max_sequence_length)
-    backbone = backbones.load(model, options=options)
+    if count < 1:
+        raise ConfigError(f"count is {count}: expected at least 1")
+    require_sampler(steps, guidance_scale, max_sequence_length, seed)
+    chosen = choose_device(device)
     adapter = None if lora is None else read_adapter(lora)
+    files = _new_files(out, len(prompts) * count)
+    dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    backbone = load_model(model, transformer, LoadOptions(chosen, dtype, max_sequence_length))
     bank = LoRABank.like(backbone.transformer, adapter, backbone.lora_targets)
     if adapter is not None:
         bank.load(adapter)
     embedded = backbone.encode_prompts(["", *prompts])
-    rows = torch.arange(len(prompts), device=backbone.device).repeat_interleave(count)
-    start = initial_noise(backbone, torch.arange(len(rows)), seed)
     with bank.merged(BASE if adapter is None else TRAINED):
-        latents = generate(
-            backbone,
-            embedded[1:][rows],
-            start,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            unconditional=embedded[:1],
-            batch=16,
-        )
+        for ids in torch.arange(len(files)).split(BATCH):
+            latents = generate(
+                backbone,
+                embedded[1:][(ids // count).to(backbone.device)],
+                initial_noise(backbone, ids, seed),
+                steps=steps,
+                guidance_scale=guidance_scale,
+                unconditional=embedded[:1],
+            )
+            for index, latent in zip(ids.tolist(), latents.split(1), strict=True):
+                pictures = backbone.decode(latent)[0]  # (3, H, W), or (F, 3, H, W) of a video
+                _write(files[index], to_pixels(pictures if pictures.ndim == 4 else pictures[None]))
+                yield files[index]
+
+
+def _new_files(out: Path, number: int) -> list[Path]:
+    """Files to write in `out`, which is made. Raises ConfigError where there is one already."""
+    open_folder(out)
+    files = [out / f"{index:05d}.png" for index in range(number)]
+    there = [file.name for file in files if file.exists()]
+    if there:
+        raise ConfigError(f"{out} has {there[0]} already: give another --out, or move the images that are in it")
+    return files
+
+
+def _write(file: Path, frames: np.ndarray) -> None:
+    """A PNG of uint8 (F, H, W, 3), animated where there are several frames."""
     from PIL import Image
 
-    out.mkdir(parents=True, exist_ok=True)
-    files = []
-    for index, latent in enumerate(latents.split(1)):
-        pictures = backbone.decode(latent)[0]  # (3, H, W), or (F, 3, H, W) of a video
-        frames = pictures if pictures.ndim == 4 else pictures[None]
-        pixels = (frames.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
-        first, *others = (Image.fromarray(frame) for frame in pixels)
-        files.append(out / f"{index:05d}.png")
-        # more than one frame makes an animated PNG
-        first.save(files[-1], save_all=bool(others), append_images=others, duration=1000 // 16, loop=0)
-    return files
+    first, *others = (Image.fromarray(frame) for frame in frames)
+    buffer = io.BytesIO()
+    first.save(buffer, "PNG", save_all=bool(others), append_images=others, duration=1000 // 16, loop=0)
+    write_whole(file, buffer.getvalue())

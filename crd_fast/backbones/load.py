@@ -37,7 +37,7 @@ def load(
     Raises ConfigError: no such folder and not a hub id that can be fetched (the wanted file is named), a pipeline of
     a family without an adapter, or `family` given and different.
     """
-    index = _pipeline_index(path, key)
+    index = pipeline_index(path, key)
     pipeline = str(index.get("_class_name"))
     if pipeline not in _ADAPTERS:
         raise ConfigError(f"{key} {path} is a {pipeline}: expected one of {', '.join(sorted(_ADAPTERS))}")
@@ -50,8 +50,8 @@ def load(
     return backbone.from_pretrained(path, index, options or LoadOptions())
 
 
-def _pipeline_index(path: str, key: str) -> dict[str, Any]:
-    """The pipeline's model_index.json."""
+def pipeline_index(path: str, key: str) -> dict[str, Any]:
+    """The pipeline's model_index.json. key: what messages call `path`. Raises ConfigError, see `load`."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         file = folder / "model_index.json"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from crd_fast.backbones.base import Backbone, Conditioning, LoadOptions
 from crd_fast.backbones.pipeline import latent_side, load_pipeline, shifted_sigmas
+from crd_fast.errors import ConfigError
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _T5_TOKENS = 256  # the pipeline's default
@@ -36,6 +37,12 @@ class SD3Backbone(Backbone):
         self._tokens = tokens
         config = self.config
         side = latent_side(options, config.sample_size, pipeline.vae_scale_factor, config.patch_size)
+        largest = config.pos_embed_max_size * config.patch_size
+        if side > largest:
+            raise ConfigError(
+                f"model.resolution is {side * pipeline.vae_scale_factor}: expected at most "
+                f"{largest * pipeline.vae_scale_factor}, the largest that this model has positions for"
+            )
         self.latent_shape = (config.in_channels, side, side)
 
     @classmethod

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from crd_fast.data.prompts import load_prompts
-from crd_fast.errors import DataError
+from crd_fast.errors import CrdFastError, DataError
 from crd_fast.rewards.base import Metadata
 from crd_fast.rewards.geneval import RELATIONS
 from crd_fast.rewards.geneval_detector import CLASSES, COLORS
@@ -131,10 +131,12 @@ def shares(count: int) -> dict[str, int]:
 def geneval_prompts(count: int, seed: int = 0, exclude: Iterable[Metadata] = ()) -> list[dict[str, Any]]:
     """`count` entries {tag, include, exclude?, prompt} in random order; none means what one of `exclude` does.
 
-    Raises DataError for a count below 1, and when `exclude` leaves nothing of a task.
+    Raises DataError for a count below 1, a seed below 0, and when `exclude` leaves nothing of a task.
     """
     if count < 1:
         raise DataError(f"{count} prompts: expected at least 1")
+    if seed < 0:
+        raise DataError(f"seed is {seed}: expected 0 or more")
     held_out = {meaning(entry) for entry in exclude}
     rng = np.random.default_rng(seed)
     entries: list[dict[str, Any]] = []
@@ -165,6 +167,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--exclude", type=Path, help="a .jsonl of prompts that are held out, such as the benchmark's")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(arguments)
+    try:
+        _write(given)
+    except (CrdFastError, OSError) as error:
+        print(f"geneval_prompts: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _write(given: argparse.Namespace) -> None:
     held_out: tuple[Metadata, ...] = ()
     if given.exclude is None:
         print("no --exclude: prompts that the benchmark tests may be among these", file=sys.stderr)
@@ -175,7 +186,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     entries = geneval_prompts(given.count, given.seed, held_out)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":

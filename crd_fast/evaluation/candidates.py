@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 
 from crd_fast.errors import CheckpointError, ConfigError
-from crd_fast.lora_file import WEIGHTS, find_adapter
+from crd_fast.lora_file import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ def run_config(folder: Path) -> dict[str, Any]:
     return tree
 
 
-def run_candidates(run: Path, out: Path, which: str) -> tuple[Candidate, ...]:
+def run_candidates(run: Path, base: str, out: Path, which: str) -> tuple[Candidate, ...]:
     """The base, the run's checkpoints where `which` is "all", and its final LoRA, with folders under `out`.
 
-    A last checkpoint that is equal to the final LoRA is left out. Raises CheckpointError for a run without adapters.
+    base: the model that the run started from. A last checkpoint that is equal to the final LoRA is left out.
+
+    Raises CheckpointError for a run without adapters.
     """
     if which not in ("final", "all"):
         raise ConfigError(f"--checkpoints is {which!r}: expected 'final' or 'all'")
@@ -69,48 +72,27 @@ def run_candidates(run: Path, out: Path, which: str) -> tuple[Candidate, ...]:
     if len(found) == 1:
         raise CheckpointError(
             f"{run} has no LoRA to evaluate: expected lora/{WEIGHTS} of a finished run, or checkpoints with "
-            "--checkpoints all; a model of full fine-tuning is given as --model"
+            f"--checkpoints all; for the model that full fine-tuning leaves, give --model {base} --transformer {run}"
         )
     return tuple(found)
 
 
-def trained_rewards(lora: str | None, config: dict[str, Any] | None) -> frozenset[str]:
-    """Rewards that were trained on: from a run's config, or from that of the run directory a LoRA file lies in.
+def trained_rewards(weights: Iterable[Path], config: dict[str, Any] | None) -> frozenset[str]:
+    """Rewards that were trained on: from a run's config, or from those of the run directories that `weights` lie in.
 
     "remote:ocr" is OCR, wherever it was computed.
     """
-    if config is None and lora is not None:
-        for folder in find_adapter(lora).resolve().parents[:3]:  # also of a checkpoint's LoRA
-            if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
-                config = run_config(folder)
-                break
-    names = [str(name) for name in (config or {}).get("rewards") or {}]
+    configs = [config or {}, *(_config_above(path) for path in weights)]
+    names = [str(name) for tree in configs for name in tree.get("rewards") or {}]
     return frozenset(name.partition(":")[2] or name for name in names)
 
 
-def digest_of(model: str) -> str:
-    """What identifies a model's weights: SHA-256 over a folder's files, or the commit of a hub id.
-
-    Raises ConfigError for what is neither.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        digest = hashlib.sha256()
-        for file in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
-            digest.update(str(file.relative_to(folder)).encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-        return f"sha256:{digest.hexdigest()}"
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return f"{model}@{Path(hf_hub_download(model, 'model_index.json')).parent.name}"
-    except (OSError, ValueError) as error:  # the hub's own errors are among them
-        raise ConfigError(
-            f"model {model} is no folder and cannot be found on the hub ({type(error).__name__}): give a pipeline "
-            "folder or a hub id 'owner/name'"
-        ) from error
+def _config_above(path: Path) -> dict[str, Any]:
+    """Of the run directory that weights lie in, also those of a checkpoint; empty where they lie in none."""
+    for folder in path.resolve().parents[:3]:
+        if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
+            return run_config(folder)
+    return {}
 
 
 def _epochs(run: Path) -> int | None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from crd_fast.errors import ConfigError, RewardError
+from crd_fast.errors import ConfigError, RewardError, nearest
 from crd_fast.evaluation import suites
 from crd_fast.evaluation.candidates import Candidate, run_candidates, run_config, trained_rewards
 from crd_fast.evaluation.evaluate import evaluate
+from crd_fast.evaluation.models import find_transformer
 from crd_fast.evaluation.scoring import build_options, folder_prompts, score_files, version_of
 from crd_fast.evaluation.settings import Evaluation, Settings
 from crd_fast.lora_file import find_adapter
@@ -27,9 +29,9 @@ def run_score(options: argparse.Namespace) -> int:
     if options.batch < 1:
         raise ConfigError(f"--batch is {options.batch}: expected at least 1")
     names = _names(options.rewards)
-    given = read_sections(options.options, "options file")
-    prompts, files = folder_prompts(options.folder)
+    given = _sections(options.options, names)
     built = {name: build_options(name, given.get(name, {})) for name in names}
+    prompts, files = folder_prompts(options.folder)
     rewards = {name: registry.build(name, built[name]) for name in names}
     for reward in rewards.values():
         prompts.require(reward.requires)
@@ -83,6 +85,8 @@ def _evaluation(options: argparse.Namespace) -> Evaluation:
         raise ConfigError("give either --model, with --lora or without, or --run with a run directory")
     if run is not None and options.lora is not None:
         raise ConfigError("--lora goes with --model: --run has the LoRAs of the run")
+    if run is not None and options.transformer is not None:
+        raise ConfigError("--transformer goes with --model, the pipeline that it belongs to")
     if run is None and options.checkpoints != "final":
         raise ConfigError("--checkpoints goes with --run")
     config = run_config(run) if run is not None else None
@@ -91,25 +95,36 @@ def _evaluation(options: argparse.Namespace) -> Evaluation:
     if file is None and config is not None and suite.name == "shapes":
         file = (config.get("data") or {}).get("test_prompts")
     prompts = suites.suite_prompts(suite, file)
-    if suite.name == "shapes" and options.scorers:
-        raise ConfigError("--scorers does not go with suite shapes, which has its own")
+    for name in ("scorers", "options"):
+        if suite.name == "shapes" and getattr(options, name):
+            raise ConfigError(f"--{name} does not go with suite shapes, which has scorers of its own")
+    scorers = tuple(_names(options.scorers)) if options.scorers else suite.scorers
     out = options.out or (run / f"eval-{suite.name}" if run is not None else Path("evaluations") / suite.name)
     if run is not None:
-        candidates = run_candidates(run, out, options.checkpoints)
+        candidates = run_candidates(run, settings.model, out, options.checkpoints)
     else:
-        lora = None if options.lora is None else find_adapter(options.lora)
-        candidates = (Candidate("base" if lora is None else "LoRA", out, lora),)
+        candidates = (_candidate(options, out),)
+    weights = [] if run is not None else [candidate.lora for candidate in candidates if candidate.lora is not None]
+    if settings.transformer is not None:
+        weights.append(find_transformer(settings.transformer))
     return Evaluation(
         suite=suite,
         prompts=prompts,
         settings=settings,
         candidates=candidates,
         out=out,
-        scorers=tuple(_names(options.scorers)) if options.scorers else suite.scorers,
-        options=read_sections(options.options, "options file"),
-        trained=trained_rewards(options.lora, config),
+        scorers=scorers,
+        options=_sections(options.options, scorers),
+        trained=trained_rewards(weights, config),
         run=run,
     )
+
+
+def _candidate(options: argparse.Namespace, out: Path) -> Candidate:
+    """The model with what goes with it, labelled by that."""
+    if options.lora is not None:
+        return Candidate("LoRA", out, find_adapter(options.lora))
+    return Candidate("base" if options.transformer is None else "fine-tuned", out)
 
 
 def _settings(options: argparse.Namespace, suite: suites.Suite, config: dict[str, Any]) -> Settings:
@@ -131,6 +146,7 @@ def _settings(options: argparse.Namespace, suite: suites.Suite, config: dict[str
         model=first(options.model, model.get("path")),
         steps=first(options.steps, held_out.get("steps"), suite.steps),
         images=first(images, held_out.get("images"), suite.images),
+        transformer=options.transformer,
         guidance_scale=first(options.guidance_scale, held_out.get("guidance_scale")),
         resolution=first(options.resolution, model.get("resolution"), suite.resolution),
         max_sequence_length=first(options.max_sequence_length, model.get("max_sequence_length")),
@@ -141,8 +157,22 @@ def _settings(options: argparse.Namespace, suite: suites.Suite, config: dict[str
     )
 
 
+def _sections(file: Path | None, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The options file's sections. Raises ConfigError for one of a reward that is not scored with."""
+    sections = read_sections(file, "options file")
+    for name in sections:
+        if name not in names:
+            raise ConfigError(
+                f"options file {file} has a section {name!r}, which is not among the rewards{nearest(name, names)}"
+            )
+    return sections
+
+
 def _names(text: str) -> list[str]:
+    """Names of rewards. Raises ConfigError for one that is not known, naming the nearest."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"rewards are {text!r}: expected different names, separated by commas")
+    for name in names:
+        registry.options_type(name)
     return names

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from crd_fast import backbones
-from crd_fast.backbones.base import Backbone
+from crd_fast.backbones.base import Backbone, LoadOptions
 from crd_fast.errors import ConfigError, CrdFastError, DataError
 from crd_fast.evaluation import shapes_suite
-from crd_fast.evaluation.candidates import Candidate, digest_of
+from crd_fast.evaluation.candidates import Candidate
+from crd_fast.evaluation.folders import open_folder
 from crd_fast.evaluation.generate import Images, batches, has_all, write_metadata
+from crd_fast.evaluation.models import digest_of, load_model
 from crd_fast.evaluation.page import write_page
 from crd_fast.evaluation.pictures import read_image
 from crd_fast.evaluation.results import column_name, columns, result_rows, shapes_columns
@@ -65,10 +66,11 @@ class _Job:
         self._built: dict[str, tuple[Reward, Any] | str] = {}
 
     def run(self) -> Path:
-        evaluation, ranks = self.evaluation, self.ranks
-        digest = ranks.tell(digest_of(evaluation.settings.model) if ranks.first else "")
+        evaluation, ranks, settings = self.evaluation, self.ranks, self.evaluation.settings
+        digest = ranks.tell(digest_of(settings.model, settings.transformer) if ranks.first else "")
         with ranks.together("opening the output folder"):
             if ranks.first:
+                open_folder(evaluation.out)
                 for candidate in evaluation.candidates:
                     self._open(candidate, digest)
         with ranks.together("making the images"):
@@ -100,7 +102,8 @@ class _Job:
         except ValueError as error:
             raise DataError(f"{file} is not JSON ({error}): delete {folder} or give another --out") from error
         if found is not None:
-            changed = [key for key in sorted(wanted | found) if wanted.get(key) != found.get(key) and key != "model"]
+            keys = sorted((wanted | found).keys() - {"model", "transformer"})  # folders may move, their digests not
+            changed = [key for key in keys if wanted.get(key) != found.get(key)]
             if changed:
                 listed = ", ".join(f"{key} was {found.get(key)!r}, now {wanted.get(key)!r}" for key in changed)
                 raise ConfigError(f"{folder} holds images of other settings: {listed}; give another --out")
@@ -141,14 +144,14 @@ class _Job:
 
     def _load(self) -> Backbone:
         settings = self.evaluation.settings
-        options = backbones.LoadOptions(
+        options = LoadOptions(
             device=self.device,
             dtype=DTYPES[settings.dtype],
             max_sequence_length=settings.max_sequence_length,
             resolution=settings.resolution,
             distilled_guidance=settings.distilled_guidance,
         )
-        return backbones.load(settings.model, None, options)
+        return load_model(settings.model, settings.transformer, options)
 
     # --- scores ---
 
@@ -235,12 +238,10 @@ class _Job:
     def _build(self, name: str) -> tuple[Reward, Any] | str:
         """A reward and its options, one for all candidates; or why it cannot be used."""
         if name not in self._built:
-            suite, prompts = self.evaluation.suite, self.evaluation.prompts
-            given = dict(suite.options.get(name, {})) | self.evaluation.options.get(name, {})
+            options = self.evaluation.scorer_options(name)
             try:
-                options = build_options(name, given)
                 reward = registry.build(name, options)
-                prompts.require(reward.requires)
+                self.evaluation.prompts.require(reward.requires)
                 self._built[name] = reward, options
             except UNUSABLE as error:
                 self._built[name] = str(error)

@@ -76,7 +76,8 @@ def _settings(evaluation: Evaluation) -> str:
     settings = evaluation.settings
     guidance = "no guidance" if settings.guidance_scale is None else f"guidance {settings.guidance_scale:g}"
     size = f"{settings.resolution} pixels" if settings.resolution else "the model's own size"
-    return f"{settings.model} · {settings.steps} steps · {guidance} · {size} · {settings.dtype} · seed {settings.seed}"
+    model = f"{settings.model} with {settings.transformer}" if settings.transformer else settings.model
+    return f"{model} · {settings.steps} steps · {guidance} · {size} · {settings.dtype} · seed {settings.seed}"
 
 
 def _hacking(evaluation: Evaluation, summaries: Sequence[Row], plot: Path | None) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from crd_fast.checks import SEED_LIMIT
 from crd_fast.data.prompts import PromptSet
 from crd_fast.errors import ConfigError
 from crd_fast.evaluation.candidates import Candidate
+from crd_fast.evaluation.scoring import build_options
 from crd_fast.evaluation.suites import Suite
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -21,12 +24,14 @@ class Settings:
     """What decides an evaluation's images. images: per prompt, of the shapes suite per task; dtype: "fp32" or "bf16".
 
     max_sequence_length, resolution, distilled_guidance: as in `LoadOptions`. guidance_scale: as the family's pipeline
-    understands it; None is none. batch: images at a time, which can change their last bit.
+    understands it; None is none. batch: images at a time, which can change their last bit. transformer: in place of
+    the model's own, see `models.load_model`.
     """
 
     model: str
     steps: int
     images: int
+    transformer: str | None = None
     guidance_scale: float | None = None
     resolution: int | None = None
     max_sequence_length: int | None = None
@@ -36,13 +41,23 @@ class Settings:
     dtype: str = "fp32"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "images", "batch"):
+        for name in ("images", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: expected at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}: expected 0 or more")
+        require_sampler(self.steps, self.guidance_scale, self.max_sequence_length, self.seed)
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+
+
+def require_sampler(steps: int, guidance_scale: float | None, max_sequence_length: int | None, seed: int) -> None:
+    """Raises ConfigError for the first number that no model can sample with; None is one unset."""
+    for name, value in (("steps", steps), ("max_sequence_length", max_sequence_length)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}: expected at least 1")
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise ConfigError(f"guidance_scale is {guidance_scale}: expected a finite number")
+    if not 0 <= seed < SEED_LIMIT:
+        raise ConfigError(f"seed is {seed}: expected 0 or more, and less than 2**64")
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,8 @@ class Evaluation:
 
     trained: rewards that a run was trained on; their columns are marked. options: of rewards, by name. run: the run
     directory that the candidates come from.
+
+    Raises ConfigError for a scorer or an option of one that is not known.
     """
 
     suite: Suite
@@ -62,3 +79,11 @@ class Evaluation:
     options: dict[str, dict[str, Any]]
     trained: frozenset[str]
     run: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.scorers:
+            self.scorer_options(name)
+
+    def scorer_options(self, name: str) -> Any:
+        """A scorer's options: those given, then the suite's, then its own defaults."""
+        return build_options(name, {**self.suite.options.get(name, {}), **self.options.get(name, {})})

@@ -150,15 +150,33 @@ def test_the_command_says_when_nothing_is_held_out(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().err == ""
 
 
-def test_impossible_wishes_are_refused(tmp_path: Path) -> None:
+def test_impossible_wishes_are_refused() -> None:
     with pytest.raises(DataError, match="0 prompts: expected at least 1"):
         geneval_prompts(0)
     every = [entry("", thing(label, count)) for label in CLASSES for count in (2, 3, 4)]
     with pytest.raises(DataError, match="every prompt of the task 'counting' is held out"):
         geneval_prompts(17, exclude=every)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--count", "0"], "0 prompts: expected at least 1"),
+        (["--seed", "-1"], "seed is -1: expected 0 or more"),
+        (["--exclude", "{folder}/nope.jsonl"], "nope.jsonl does not exist"),
+        (["--exclude", "{folder}/plain.jsonl"], "plain.jsonl:1: "),
+        (["--out", "{folder}/plain.jsonl/train.jsonl"], "plain.jsonl"),
+    ],
+)
+def test_the_command_exits_2_and_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
     (tmp_path / "plain.jsonl").write_text('{"prompt": "a cow"}\n')
-    with pytest.raises(DataError, match=r"plain\.jsonl:1: .*'include'"):
-        main(["--exclude", str(tmp_path / "plain.jsonl"), "--out", str(tmp_path / "train.jsonl")])
+    given = [word.format(folder=tmp_path) for word in more]
+    assert main(["--count", "3", "--out", str(tmp_path / "train.jsonl"), *given]) == 2
+    error = capsys.readouterr().err
+    assert "geneval_prompts: " in error and message in error
+    assert not (tmp_path / "train.jsonl").exists()
 
 
 def test_committed_prompts_load_and_have_the_proportions() -> None:

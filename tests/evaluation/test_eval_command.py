@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.txt").write_text("".join(f"{n} squares\n" for n in range(PROMPTS)))
     (folder / "signs.txt").write_text('a sign "42"\na sign "17"\n')
     (folder / "options.yaml").write_text("pickscore: {model: no/such/folder}\n")
+    (folder / "section.yaml").write_text("pickscor: {model: no/such/folder}\n")
+    (folder / "key.yaml").write_text("pickscore: {modle: no/such/folder}\n")
     return folder
 
 
@@ -161,6 +164,16 @@ def test_two_ranks_make_what_one_makes(folder: Path, whole: Path, tmp_path: Path
         (["--checkpoints", "all"], "--checkpoints goes with --run"),
         (["--images-per-task", "3"], "suite drawbench counts its images by prompt"),
         (["--lora", "{folder}"], "no LoRA at"),
+        (["--transformer", "{folder}"], "no model at --transformer"),
+        (["--transformer", "{folder}/pipeline"], "model_digest was"),
+        (["--scorers", "jpg"], "unknown reward 'jpg'; valid names: aesthetic,"),
+        (["--options", "{folder}/section.yaml"], "has a section 'pickscor', which is not among the rewards; did you"),
+        (["--options", "{folder}/key.yaml"], "unknown key pickscore.modle; did you mean 'model'?"),
+        (["--guidance-scale", "nan"], "guidance_scale is nan: expected a finite number"),
+        (["--max-sequence-length", "0"], "max_sequence_length is 0: expected at least 1"),
+        (["--seed", "-1"], "seed is -1: expected 0 or more"),
+        (["--device", "gpu"], "device 'gpu' cannot be used"),
+        (["--out", "{folder}/prompts.txt"], "prompts.txt cannot be written to"),
     ],
 )
 def test_wrong_settings_are_errors(
@@ -168,6 +181,52 @@ def test_wrong_settings_are_errors(
 ) -> None:
     assert cli.main(command(folder, whole, *(word.format(folder=folder) for word in more))) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_model_is_not_looked_for_on_the_hub(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
+    assert cli.main(command(folder, tmp_path / "out", "--model", "models/nope")) == 2
+    assert "model models/nope is not a folder" in capsys.readouterr().err
+
+
+def test_the_shapes_suite_takes_no_scorers_options(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    words = ["eval", "--suite", "shapes", "--model", str(folder / "pipeline")]
+    assert cli.main([*words, "--options", str(folder / "options.yaml")]) == 2
+    assert "--options does not go with suite shapes" in capsys.readouterr().err
+
+
+def test_a_model_of_full_finetuning_stands_beside_its_base(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, run, joined = folder / "pipeline", tmp_path / "run", tmp_path / "joined"
+    shutil.copytree(sd3.save(tmp_path / "other", seed=1) / "transformer", run / "transformer")
+    (run / "config.yaml").write_text(f"model: {{path: {base}}}\nrewards: {{jpeg_compressibility: {{}}}}\n")
+    (run / "metrics.jsonl").write_text("")
+    shutil.copytree(base, joined)
+    shutil.rmtree(joined / "transformer")
+    shutil.copytree(run / "transformer", joined / "transformer")
+    few = ["--images-per-prompt", "1", "--scorers", "jpeg_compressibility", "--options", os.devnull]
+    assert cli.main(command(folder, tmp_path / "tuned", "--transformer", str(run), *few)) == 0
+    assert cli.main(command(folder, tmp_path / "expected", "--model", str(joined), *few)) == 0
+    tuned, expected = files(tmp_path / "tuned"), files(tmp_path / "expected")
+    pictures = [name for name in expected if name.endswith(".png")]
+    assert len(pictures) == PROMPTS and all(tuned[name] == expected[name] for name in pictures)
+    summary = json.loads(tuned["summary.json"])
+    assert summary["label"] == "fine-tuned" and summary["trained_on"] == ["jpeg_compressibility"]
+    alone = json.loads(expected["summary.json"])
+    assert " with sha256:" in summary["checkpoint"]["model"] and " with " not in alone["checkpoint"]["model"]
+    capsys.readouterr()
+    words = ["eval", "--suite", "drawbench", "--run", str(run), "--prompts", str(folder / "prompts.txt")]
+    assert cli.main(words) == 2
+    assert f"give --model {base} --transformer {run}" in capsys.readouterr().err
+    assert cli.main([*words, "--transformer", str(run)]) == 2
+    assert "--transformer goes with --model" in capsys.readouterr().err
 
 
 def test_signs_are_read(folder: Path, tmp_path: Path) -> None:
@@ -207,8 +266,10 @@ def test_geneval_is_the_mean_of_its_tasks(folder: Path, tmp_path: Path) -> None:
     table = (tmp_path / "out" / "table.md").read_text()
     assert table.startswith("| model | GenEval | strict | soft |")
     assert "| DiffusionNFT, GenEval only (arXiv 2509.16117) | .98 |" in table
-    # the benchmark's own detector is a model that has to be there
+    # the benchmark's own detector is a model that has to be there, and knows no squares
+    row = {"tag": "counting", "include": [{"class": "dog", "count": 2}], "prompt": "two dogs"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "options.yaml").write_text("geneval: {model: no/such/folder}\n")
-    assert cli.main(words) == 0
-    column = json.loads((tmp_path / "out" / "summary.json").read_text())["columns"]["geneval"]
+    assert cli.main([*words, "--out", str(tmp_path / "dogs")]) == 0
+    column = json.loads((tmp_path / "dogs" / "summary.json").read_text())["columns"]["geneval"]
     assert column["macro"] is None and "no/such/folder" in column["reason"]

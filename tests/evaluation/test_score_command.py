@@ -84,6 +84,12 @@ def test_an_image_without_a_score_is_named(folder: Path, capsys: pytest.CaptureF
     assert text.split()[:2] == ["geneval", "n/a"] and "4.png" in text
 
 
+def test_images_that_are_all_missing_have_no_scores(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(folder, [ROWS[1] | {"file_name": f"missing-{number}.png"} for number in range(2)])
+    found = json.loads(run(capsys, "geneval", str(folder), "--json", code=1))
+    assert found["scores"]["geneval"] == [None, None] and len(found["failures"]["geneval"]) == 2
+
+
 def test_means_are_printed_without_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(capsys, "geneval", str(folder)).splitlines()
     assert [line.split()[:2] for line in lines] == [
@@ -107,5 +113,11 @@ def test_what_cannot_be_scored_is_an_error(
     folder: Path, capsys: pytest.CaptureFixture[str], rewards: str, rows: list[dict[str, Any]], message: str
 ) -> None:
     write_rows(folder, rows)
-    (folder / "options.yaml").write_text("pickscore: {model: no/such/folder}\n")
+    (folder / "options.yaml").write_text("pickscore: {model: no/such/folder}\n" if rewards == "pickscore" else "")
     assert message in run(capsys, rewards, str(folder), "--options", str(folder / "options.yaml"), code=2)
+
+
+def test_a_misspelt_section_of_options_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "options.yaml").write_text("genevall: {score: strict}\n")
+    error = run(capsys, "geneval", str(folder), "--options", str(folder / "options.yaml"), code=2)
+    assert "section 'genevall', which is not among the rewards; did you mean 'geneval'?" in error

@@ -54,7 +54,10 @@ def test_reward_names_the_item_without_include():
     ("entry", "message"),
     [
         ({"include": [{"class": "cwo", "count": 1}]}, r"include\[0\].class is 'cwo', .*did you mean 'cow'"),
-        ({"include": [{"class": "cow", "count": 1, "color": "rde"}]}, r"include\[0\].color is 'rde', .*did you mean 'red'"),
+        (
+            {"include": [{"class": "cow", "count": 1, "color": "rde"}]},
+            r"include\[0\].color is 'rde'.*did you mean 'red'",
+        ),
         (ANY_COW | {"exclude": [{"class": "dgo", "count": 2}]}, r"exclude\[0\].class is 'dgo', .*did you mean 'dog'"),
     ],
 )

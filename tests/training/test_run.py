@@ -210,6 +210,7 @@ def test_sigterm_saves_and_resume_gives_the_same_losses(recipe: Path, tmp_path: 
         (["train.group_size=3"], "train.group_size 3 does not divide"),
         (["lora.targets=[attn.to_x]"], "no linear layer ends with"),
         (["model.resolution=50"], "expected a multiple of 16"),
+        (["model.resolution=4096"], "model.resolution is 4096: expected at most "),
         (["--resume"], "holds no run"),
     ],
 )
