@@ -191,13 +191,17 @@ def choose_device(wanted: str | None) -> torch.device:
 
 
 def _device(name: str) -> torch.device:
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    here = ", ".join(["cpu", *(["cuda"] if gpus else []), *gpus])
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)  # an accelerator that is missing is only told when it is used
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is not known: this machine has {here}") from error
+    try:
+        torch.empty(0, device=device)  # one that is missing is only told when it is used
     except (RuntimeError, AssertionError) as error:
-        here = "cpu" if not torch.cuda.is_available() else f"cpu, cuda or cuda:0 to {torch.cuda.device_count() - 1}"
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r} cannot be used: expected {here} on this machine ({reason})") from error
+        raise ConfigError(f"device {name!r} cannot be used ({reason}): this machine has {here}") from error
     return device
 
 

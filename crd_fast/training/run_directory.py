@@ -69,8 +69,7 @@ class RunDirectory:
             holder = claim.read().strip() or "another process"
             claim.close()
             raise ConfigError(
-                f"run.dir {self.path} is in use by {holder} ({error.strerror}): wait for it, stop it, or name another "
-                "run.dir"
+                f"run.dir {self.path} is in use by {holder}: wait for it, stop it, or name another run.dir"
             ) from error
         claim.truncate(0)
         claim.write(f"process {os.getpid()} on {platform.node()}")

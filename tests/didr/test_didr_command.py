@@ -301,7 +301,7 @@ def test_a_time_limit(world: Path, tmp_path: Path) -> None:
         (["train.batch=3"], "train.batch is 3, which 1 ranks with train.micro_batch 2 cannot share out"),
         (["algorithm.beta=-1"], "beta: expected a number > 0"),
         (["generator.path=nowhere/at/all"], "generator.path nowhere/at/all is not a folder"),
-        (["run.device=gpu"], "device 'gpu' cannot be used: expected cpu"),
+        (["run.device=gpu"], "device 'gpu' is not known: this machine has cpu"),
         (["train.parameters=full", "generator.lora=x"], "merge it into the model first"),
         (["algorithm.gidance_scale=2"], "did you mean 'guidance_scale'"),
     ],

@@ -172,7 +172,7 @@ def test_two_ranks_make_what_one_makes(folder: Path, whole: Path, tmp_path: Path
         (["--guidance-scale", "nan"], "guidance_scale is nan: expected a finite number"),
         (["--max-sequence-length", "0"], "max_sequence_length is 0: expected at least 1"),
         (["--seed", "-1"], "seed is -1: expected 0 or more"),
-        (["--device", "gpu"], "device 'gpu' cannot be used"),
+        (["--device", "gpu"], "device 'gpu' is not known"),
         (["--out", "{folder}/prompts.txt"], "prompts.txt cannot be written to"),
     ],
 )
