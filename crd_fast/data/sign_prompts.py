@@ -9,6 +9,7 @@ files.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,8 +57,11 @@ def texts() -> list[str]:
 
 
 def sign_prompts(train: int, test: int, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Training and test prompts, every text used once. Raises ValueError when there are not as many texts."""
+    """Training and test prompts, every text used once. Raises ValueError when there are not as many texts, or for a
+    negative seed."""
     known = texts()
+    if seed < 0:
+        raise ValueError(f"seed is {seed}: expected 0 or more")
     if train < 1 or test < 1 or train + test > len(known):
         raise ValueError(f"{train} + {test} prompts: expected at least 1 of each and {len(known)} together at most")
     rng = np.random.default_rng(seed)
@@ -79,10 +83,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("recipes/prompts"))
     given = parser.parse_args(arguments)
-    given.out.mkdir(parents=True, exist_ok=True)
-    for name, prompts in zip(("train", "test"), sign_prompts(given.train, given.test, given.seed), strict=True):
-        (given.out / f"ocr_{name}.txt").write_text("".join(prompt + "\n" for prompt in prompts), encoding="utf-8")
+    try:
+        _write(given.out, *sign_prompts(given.train, given.test, given.seed))
+    except (ValueError, OSError) as error:
+        print(f"sign_prompts: {error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _write(folder: Path, train: Sequence[str], test: Sequence[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, prompts in (("train", train), ("test", test)):
+        (folder / f"ocr_{name}.txt").write_text("".join(prompt + "\n" for prompt in prompts), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,25 @@ def test_half_of_the_texts_are_short_and_every_scene_is_there() -> None:
     assert scenes == set(SCENES)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--train", "0"], "0 + 200 prompts: expected at least 1"),
+        (["--seed", "-1"], "seed is -1: expected 0 or more"),
+        (["--out", "{folder}/file/below"], "file"),
+    ],
+)
+def test_the_command_exits_2_and_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    given = [word.format(folder=tmp_path) for word in more]
+    assert main(["--out", str(tmp_path / "out"), *given]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sign_prompts: ") and message in error
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("train", "test"), [(0, 5), (5, 0), (-1, 5), (len(texts()), 1)])
 def test_impossible_numbers_are_refused(train: int, test: int) -> None:
     with pytest.raises(ValueError, match=rf"{train} \+ {test} prompts: expected at least 1.*{len(texts())} together"):
