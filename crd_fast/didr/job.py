@@ -171,7 +171,13 @@ class _Job:
         if self.ranks.first:
             write_text(self.directory / "config.yaml", dump_recipe(recipe))
             self.directory.write_environment(self.session.device, self.ranks.world)
-        trainer = self._trainer(self._beta())
+        try:
+            beta = self._beta()
+        except ConfigError:  # it has to be set, and a run that has begun keeps its settings: this one has not
+            if self.ranks.first and not self.session.resume:
+                (self.directory / "config.yaml").unlink()
+            raise
+        trainer = self._trainer(beta)
         loop = EpochLoop(
             self.session,
             self.store,

@@ -256,6 +256,19 @@ def test_a_new_run_measures_its_own_beta(world: Path, tmp_path: Path, capsys: py
     assert 0 < json.loads((run / "beta.json").read_text())["beta"] < 1
 
 
+def test_where_beta_cannot_be_measured_it_can_be_set(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same directory."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as alike:
+        alike.setattr(Painter, "many_steps", lambda self, ids, advance: torch.full((len(ids), 3, 64, 64), 0.5))
+        didr(world / "sd3.yaml", f"run.dir={run}", *MEASURED, code=2)
+    assert "algorithm.beta cannot be measured: clipscore is the same" in capsys.readouterr().err
+    didr(world / "sd3.yaml", f"run.dir={run}", *MEASURED, "algorithm.beta=0.05")
+    assert (run / ADAPTER).is_file()
+
+
 def test_a_finished_run_is_moved_back_towards_its_start(world: Path, finished: dict[str, Path], tmp_path: Path) -> None:
     """Nothing is trained again, the images after are those of the moved adapter, and it can be undone."""
     run = tmp_path / "run"
