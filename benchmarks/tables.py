@@ -33,6 +33,8 @@ REQUIRED_RATIO = {
     ("residual_stats", "bf16"): 10.0,
     ("loss forward+backward", "fp32"): 6.0,
     ("loss forward+backward", "bf16"): 10.0,
+    ("generator forward+backward", "fp32"): 3.0,
+    ("generator forward+backward", "bf16"): 6.0,
 }
 REQUIRED_MEMORY = 1.1
 
