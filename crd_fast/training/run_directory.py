@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 import os
 import platform
@@ -11,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -56,7 +56,7 @@ class RunDirectory:
         return directory
 
     def _take(self) -> None:
-        """Lock the folder; the lock goes with the process, however that ends."""
+        """Lock the folder; the lock goes with the process, however that ends. Warns where there are no locks."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             claim = (self / LOCK).open("a+", encoding="utf-8")
@@ -64,13 +64,18 @@ class RunDirectory:
             raise ConfigError(f"run.dir {self.path} cannot be written: {error}") from error
         try:
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             claim.seek(0)
             holder = claim.read().strip() or "another process"
             claim.close()
             raise ConfigError(
                 f"run.dir {self.path} is in use by {holder}: wait for it, stop it, or name another run.dir"
             ) from error
+        except OSError as error:  # some network file systems have no locks
+            warnings.warn(
+                f"run.dir {self.path} cannot be locked ({error.strerror}): nothing keeps a second run out of it",
+                stacklevel=2,
+            )
         claim.truncate(0)
         claim.write(f"process {os.getpid()} on {platform.node()}")
         claim.flush()
@@ -149,17 +154,16 @@ def _newest(recipe: str) -> Path:
 
 def _made(recipe: str) -> Path:
     """A new folder runs/<recipe>-<time>, also where several runs start in one second."""
-    name = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for number in itertools.count(1):
+    name, number = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}", 1
+    while True:
         path = Path("runs") / (name if number == 1 else f"{name}-{number}")
         try:
             path.mkdir(parents=True)
+            return path
         except FileExistsError:
-            continue
+            number += 1
         except OSError as error:
             raise ConfigError(f"run.dir {path} cannot be written: {error}") from error
-        return path
-    raise AssertionError("unreachable: itertools.count has no end")
 
 
 def _commit() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,15 @@ def test_what_is_released_can_be_opened_again(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="already holds a run"):
         RunDirectory.open(str(path), "shapes", resume=False)
     RunDirectory.open(str(path), "shapes", resume=True).release()
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(run_directory.fcntl, "flock", missing)
+    with pytest.warns(UserWarning, match=r"cannot be locked \(Function not implemented\): nothing keeps a second run"):
+        RunDirectory.open(str(tmp_path / "run"), "shapes", resume=False).release()
 
 
 def test_runs_that_start_in_one_second_have_directories_of_their_own(
