@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from crd_fast.errors import ConfigError, DataError
-from crd_fast.rewards.base import QUOTED_TEXT
+from crd_fast.rewards.base import QUOTED_TEXT, ChecksPrompts, Reward
 from crd_fast.rewards.geneval import check_metadata
 from crd_fast.rewards.ocr import quoted_text
+
+Check = Callable[[str, dict[str, Any]], object]  # of a prompt and its metadata; raises DataError
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,23 @@ class PromptSet:
                         f"a configured reward requires {key!r}; add it or leave that reward out"
                     )
                 if check is not None:
-                    try:
-                        check(prompt, entry)
-                    except DataError as error:
-                        raise DataError(f"{self.where(index)}: {error}") from error
+                    self._check(index, check)
+
+    def require_for(self, reward: Reward) -> None:
+        """Checks that `reward` can score images of every prompt. Raises DataError naming the line."""
+        self.require(reward.requires)
+        if isinstance(reward, ChecksPrompts):
+            for index in range(len(self)):
+                self._check(index, reward.check_prompt, f"reward {reward.name!r}: ")
+
+    def _check(self, index: int, check: Check, asked_by: str = "") -> None:
+        try:
+            check(self.prompts[index], self.metadata[index])
+        except DataError as error:
+            raise DataError(f"{self.where(index)}: {asked_by}{error}") from error
 
 
-_CHECKS: dict[str, Callable[[str, dict[str, Any]], object]] = {
+_CHECKS: dict[str, Check] = {
     QUOTED_TEXT: lambda prompt, entry: quoted_text(prompt),
     "include": lambda prompt, entry: check_metadata(entry),
 }

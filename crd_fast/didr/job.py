@@ -76,13 +76,13 @@ class _Job:
         recipe.train.micro_batches(self.ranks.world)
         self.reward = _differentiable(recipe)
         self.prompts = load_prompts(recipe.data.prompts)
-        requires = frozenset() if self.reward is None else self.reward.requires
-        self.prompts.require(requires)
+        if self.reward is not None:
+            self.prompts.require_for(self.reward)
         self.test_prompts = load_prompts(recipe.data.test_prompts) if recipe.data.test_prompts else None
         if self.test_prompts is not None:
             assert_disjoint(self.prompts, self.test_prompts)
-            if recipe.evaluation.suite is None:
-                self.test_prompts.require(requires)
+            if self.reward is not None and recipe.evaluation.suite is None:
+                self.test_prompts.require_for(self.reward)
         with self.ranks.together("loading the model"):
             backbone = load_backbone(recipe.model, recipe.precision.dtype, session.device)
             if backbone.frames is not None:
@@ -255,7 +255,7 @@ class _Job:
         settings = self.recipe.evaluation
         if settings.suite is not None:
             found = shapes_suite.score(images, self.shown, images=settings.images, seed=self.recipe.run.seed)
-            able = [i for i, prompt_id in enumerate(ids) if self._can_score(prompt_id)]
+            able = [i for i, prompt_id in enumerate(ids) if self.reward is not None and self._can_score(prompt_id)]
             if self.reward is not None and able:
                 rewards = self._rewards(self.shown, images[able], [ids[i] for i in able])
                 found.summary[self.reward.name] = rewards.mean().item()
@@ -267,10 +267,11 @@ class _Job:
         return {"summary": summary, "passed": scores.tolist(), "prompt_ids": ids}
 
     def _can_score(self, prompt_id: int) -> bool:
-        """Whether a prompt has what the training reward requires; a suite's signs have no shapes to judge."""
+        """Whether the training reward can score images of a prompt; a suite's signs have no shapes to judge."""
+        assert self.reward is not None
         one = PromptSet((self.shown.prompts[prompt_id],), (self.shown.metadata[prompt_id],), self.shown.name)
         try:
-            one.require(frozenset() if self.reward is None else self.reward.requires)
+            one.require_for(self.reward)
         except DataError:
             return False
         return True

@@ -34,7 +34,7 @@ def run_score(options: argparse.Namespace) -> int:
     prompts, files = folder_prompts(options.folder)
     rewards = {name: registry.build(name, built[name]) for name in names}
     for reward in rewards.values():
-        prompts.require(reward.requires)
+        prompts.require_for(reward)
     result: dict[str, Any] = {"scores": {}, "diagnostics": {}, "failures": {}, "versions": {}}
     for name, reward in rewards.items():
         scores = score_files(reward, files, prompts.prompts, prompts.metadata, options.batch)

@@ -241,7 +241,7 @@ class _Job:
             options = self.evaluation.scorer_options(name)
             try:
                 reward = registry.build(name, options)
-                self.evaluation.prompts.require(reward.requires)
+                self.evaluation.prompts.require_for(reward)
                 self._built[name] = reward, options
             except UNUSABLE as error:
                 self._built[name] = str(error)

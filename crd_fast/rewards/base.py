@@ -40,6 +40,15 @@ class Reward(Protocol):
 
 
 @runtime_checkable
+class ChecksPrompts(Protocol):
+    """A reward that knows more about the prompts it can score than `requires` says; asked when prompts are loaded."""
+
+    def check_prompt(self, prompt: str, metadata: Metadata) -> None:
+        """Raises DataError for a prompt that it could score no image of."""
+        ...
+
+
+@runtime_checkable
 class DifferentiableReward(Reward, Protocol):
     """A reward with `differentiable` true: gradients reach the images."""
 

@@ -303,11 +303,10 @@ class GenEvalReward:
                     f"reward {self.name!r}: item {index}, prompt {prompt!r}, has metadata keys "
                     f"{sorted(entry)}: expected 'include'; use a GenEval prompt set"
                 )
-            if self.vocabulary is not None:
-                try:
-                    self.vocabulary.check(entry)
-                except DataError as error:
-                    raise RewardError(f"reward {self.name!r}: item {index}, prompt {prompt!r}: {error}") from error
+            try:
+                self.check_prompt(prompt, entry)
+            except DataError as error:
+                raise RewardError(f"reward {self.name!r}: item {index}, prompt {prompt!r}: {error}") from error
         found = self.detector(images)
         if len(found) != len(metadata):
             raise RewardError(
@@ -319,6 +318,11 @@ class GenEvalReward:
         scores = {key: torch.tensor([getattr(r, key) for r in results]) for key in ("accuracy", "strict", "soft")}
         chosen = (scores["strict"] + scores["soft"]) / 2 if self.score == "strict+soft" else scores[self.score]
         return {self.name: chosen.clone()} | scores
+
+    def check_prompt(self, prompt: str, metadata: Metadata) -> None:
+        """Raises DataError for names that the detector does not know."""
+        if self.vocabulary is not None:
+            self.vocabulary.check(metadata)
 
     def _with_colors(
         self,

@@ -64,6 +64,11 @@ class ShapesJudge:
     def differentiable_scores(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
         return self._score(images, prompts, metadata)[0].to(images.device)
 
+    def check_prompt(self, prompt: str, metadata: Metadata) -> None:
+        """Raises DataError for what the judge's questions do not cover, such as a text."""
+        check_metadata(metadata)
+        facts(metadata)
+
     def _score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> tuple[Tensor, Tensor]:
         check_counts(self.name, images, prompts, metadata)
         asked = [self._facts(index, *item) for index, item in enumerate(zip(prompts, metadata, strict=True))]
@@ -80,7 +85,7 @@ class ShapesJudge:
 
     def _facts(self, index: int, prompt: str, entry: Metadata) -> list[Fact]:
         try:
-            check_metadata(entry)
+            self.check_prompt(prompt, entry)
             return facts(entry)
         except DataError as error:
             raise RewardError(f"reward {self.name!r}: item {index}, prompt {prompt!r}: {error}") from error

@@ -60,7 +60,7 @@ class _Job:
         self.train_prompts = load_prompts(recipe.data.prompts)
         self.test_prompts = load_prompts(recipe.data.test_prompts) if recipe.data.test_prompts else None
         for reward in self.scorer.rewards.values():
-            self.train_prompts.require(reward.requires)
+            self.train_prompts.require_for(reward)
         if self.test_prompts is not None:
             assert_disjoint(self.train_prompts, self.test_prompts)
         elif recipe.evaluation.suite is not None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from crd_fast.data import GroupSampler, PromptSet, assert_disjoint, load_prompts
 from crd_fast.errors import ConfigError, DataError
-from crd_fast.rewards import QUOTED_TEXT
+from crd_fast.rewards import QUOTED_TEXT, registry
 
 COW = {"tag": "single_object", "include": [{"class": "cow", "count": 1}], "prompt": "a photo of a cow"}
 DOG = {
@@ -141,6 +141,25 @@ def test_missing_quotes_are_named_with_their_line(tmp_path):
     loaded = load_prompts(write(tmp_path / "t.txt", 'a sign "42"', "", "a sign 17"))
     with pytest.raises(DataError, match=r"t\.txt:3: prompt 'a sign 17' has 0 double quotes"):
         loaded.require({QUOTED_TEXT})
+
+
+@pytest.mark.parametrize(("detector", "label"), [("shapes", "cow"), ("mask2former", "triangle")])
+def test_a_reward_is_asked_about_every_prompt_when_they_are_loaded(tmp_path, detector, label):
+    known = {"shapes": "circle", "mask2former": "dog"}[detector]
+    rows = [{"prompt": f"a {name}", "include": [{"class": name, "count": 1}]} for name in (known, label)]
+    reward = registry.build("geneval", registry.options_type("geneval")(detector=detector))
+    load_prompts(write(tmp_path / "known.jsonl", rows[0])).require_for(reward)
+    loaded = load_prompts(write(tmp_path / "m.jsonl", *rows))
+    loaded.require(reward.requires)
+    with pytest.raises(DataError, match=rf"m\.jsonl:2: reward 'geneval': include\[0\].class is '{label}', which the"):
+        loaded.require_for(reward)
+
+
+def test_a_reward_that_checks_nothing_of_its_own_is_served_by_its_keys(tmp_path):
+    loaded = load_prompts(write(tmp_path / "t.txt", "a sign 17"))
+    loaded.require_for(registry.build("jpeg_compressibility", registry.options_type("jpeg_compressibility")()))
+    with pytest.raises(DataError, match=r"t\.txt:1: prompt 'a sign 17' has 0 double quotes"):
+        loaded.require_for(registry.build("ocr", registry.options_type("ocr")(workers=0)))
 
 
 def test_prompts_made_in_memory_are_named_by_index():

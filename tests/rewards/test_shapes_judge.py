@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crd_fast.data.prompts import load_prompts
+from crd_fast.data.prompts import PromptSet, load_prompts
 from crd_fast.errors import ConfigError, DataError, RewardError
 from crd_fast.rewards import Reward, registry, score_batch
 from crd_fast.rewards.base import DifferentiableReward
@@ -128,6 +128,8 @@ def test_an_entry_of_another_world_names_its_item(reward: ShapesJudge) -> None:
     cow = {"tag": "single_object", "include": [{"class": "cow", "count": 1}]}
     with pytest.raises(RewardError, match="'shapes_judge': item 1, prompt 'a cow': the class 'cow'"):
         reward(images, [prompts[0], "a cow"], [entries[0], cow])
+    with pytest.raises(DataError, match="made, prompt 1: reward 'shapes_judge': the class 'cow'"):
+        PromptSet((prompts[0], "a cow"), (entries[0], cow), "made").require_for(reward)
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,15 @@ def test_ocr_prompts_need_their_quotes(recipe: Path, tmp_path: Path, capsys: pyt
     assert "signs.jsonl:1" in capsys.readouterr().err
 
 
+def test_prompts_that_the_reward_could_never_score_are_told_before_the_model_is_loaded(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "cows.jsonl"
+    prompts.write_text(json.dumps({"prompt": "a cow", "include": [{"class": "cow", "count": 1}]}) + "\n")
+    train(recipe, f"run.dir={tmp_path / 'run'}", f"data.prompts={prompts}", "model.path=nowhere", code=2)
+    assert "cows.jsonl:1: reward 'geneval': include[0].class is 'cow'" in capsys.readouterr().err
+
+
 def test_overlapping_prompt_sets_are_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     same = f"data.test_prompts={recipe.parent / 'train.jsonl'}"
     train(recipe, f"run.dir={tmp_path / 'run'}", same, code=2)

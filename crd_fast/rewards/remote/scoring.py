@@ -4,34 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from crd_fast.errors import CrdFastError, RewardError, nearest
-from crd_fast.rewards.base import QUOTED_TEXT, PartialRewardError, Reward, score_batch
+from crd_fast.errors import CrdFastError, DataError, RewardError, nearest
+from crd_fast.rewards.base import QUOTED_TEXT, ChecksPrompts, PartialRewardError, Reward, score_batch
 from crd_fast.rewards.geneval import Detection, GenEvalReward
 from crd_fast.rewards.remote.png import decode_png, png_size
 from crd_fast.rewards.remote.protocol import Column, Item, ProtocolError, ScoreAnswer, ScoreRequest, encode_error
 
-# an item for every reward there is, to find out what is missing before the first request
-_PROBE_PROMPT = 'a photo of a person beside a sign that says "A"'
-_PROBE_METADATA = {"tag": "single_object", "include": [{"class": "person", "count": 1}], "prompt": _PROBE_PROMPT}
+
+def _made_up(label: str) -> dict[str, Any]:
+    prompt = f'a photo of a {label} beside a sign that says "A"'
+    return {"tag": "single_object", "include": [{"class": label, "count": 1}], "prompt": prompt}
+
+
+# an item for every reward there is, to find out what is missing before the first request: of the world, and of shapes
+_PROBES = (_made_up("person"), _made_up("circle"))
 
 
 def probe(reward: Reward) -> None:
     """Score one made-up image, so that models load now. Raises what the reward raises, RewardError where it needs
     metadata that the made-up item lacks."""
-    unknown = reward.requires - set(_PROBE_METADATA) - {QUOTED_TEXT}
+    unknown = reward.requires - set(_PROBES[0]) - {QUOTED_TEXT}
     if unknown:
         raise RewardError(
             f"reward {reward.name!r} requires {sorted(unknown)}: the server has no such item to try it on"
         )
     ramp = torch.linspace(0.1, 0.9, 64).expand(1, 3, 64, 64)
-    score_batch(reward, ramp, [_PROBE_PROMPT], [_PROBE_METADATA])
+    item = next((item for item in _PROBES if _can_score(reward, item)), _PROBES[0])
+    score_batch(reward, ramp, [item["prompt"]], [item])
     if isinstance(reward, GenEvalReward) and reward.colors is not None:
         # nothing was found, so no colour was asked for
         reward.colors(ramp, [(0, Detection("person", 1.0, (8, 8, 56, 56), mask=torch.ones(48, 48, dtype=torch.bool)))])
+
+
+def _can_score(reward: Reward, item: dict[str, Any]) -> bool:
+    if isinstance(reward, ChecksPrompts):
+        try:
+            reward.check_prompt(item["prompt"], item)
+        except DataError:
+            return False
+    return True
 
 
 def answer(body: bytes, rewards: Mapping[str, Reward], max_pixels: int) -> tuple[int, bytes]:

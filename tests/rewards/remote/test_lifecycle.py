@@ -16,6 +16,7 @@ import torch
 
 from crd_fast import cli
 from crd_fast.errors import ConfigError, RewardError
+from crd_fast.rewards import registry
 from crd_fast.rewards.base import score_batch
 from crd_fast.rewards.remote.client import RemoteOptions, RemoteReward
 from crd_fast.rewards.remote.serve_settings import ServeSettings
@@ -63,6 +64,18 @@ def hasty() -> Iterator[Served]:
 
 def test_the_start_says_where_and_what(patient):
     assert patient.output == f"crd-fast: serving ocr at {patient.url} (workers 1, queue 256, token no)\n"
+
+
+def test_rewards_of_shapes_are_served():
+    """They are tried out on an item of their own world, and score as they do here."""
+    rows = [{"prompt": "a red circle", "include": [{"class": "circle", "count": 1, "color": "red"}]}]
+    images = pictures(1, 64)
+    with reward_server("geneval", "shapes_judge", token=None) as server:
+        for name in ("geneval", "shapes_judge"):
+            client = RemoteReward(RemoteOptions(server.url, name))
+            here = registry.build(name, registry.options_type(name)())
+            served = score_batch(client, images, [rows[0]["prompt"]], rows)["remote"]
+            torch.testing.assert_close(served, score_batch(here, images, [rows[0]["prompt"]], rows)[name])
 
 
 @NEEDS_PROC
