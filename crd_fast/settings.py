@@ -121,6 +121,10 @@ def _convert(hint: Any, value: Any, where: str, converters: Converters) -> Any:
         if len(inner) != len(value):
             raise ConfigError(f"{where} is {value!r}: expected {len(inner)} values")
         return tuple(_convert(a, v, where, converters) for a, v in zip(inner, value, strict=True))
+    if origin is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise ConfigError(f"{where} is {value!r}: expected a section of names and values")
+        return dict(value)
     if hint is float:
         return _number(value, where)
     if hint is bool and isinstance(value, bool) or hint is str and isinstance(value, str):

@@ -77,14 +77,18 @@ def run_candidates(run: Path, base: str, out: Path, which: str) -> tuple[Candida
     return tuple(found)
 
 
+_REMOTE = ("remote:", "legacy_remote:")
+
+
 def trained_rewards(weights: Iterable[Path], config: dict[str, Any] | None) -> frozenset[str]:
     """Rewards that were trained on: from a run's config, or from those of the run directories that `weights` lie in.
 
-    "remote:ocr" is OCR, wherever it was computed.
+    "remote:ocr" is OCR, wherever it was computed. A DIDR run has one reward, under `reward`.
     """
     configs = [config or {}, *(_config_above(path) for path in weights)]
     names = [str(name) for tree in configs for name in tree.get("rewards") or {}]
-    return frozenset(name.partition(":")[2] or name for name in names)
+    names += [str(tree["reward"]["name"]) for tree in configs if tree.get("reward")]
+    return frozenset(name.partition(":")[2] if name.startswith(_REMOTE) else name for name in names)
 
 
 def _config_above(path: Path) -> dict[str, Any]:

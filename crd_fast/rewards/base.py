@@ -73,6 +73,10 @@ class PartialRewardError(RewardError):
         self.failures, self.scores = dict(failures), dict(scores)
 
 
+class BrokenRewardError(RewardError):
+    """A reward's own code failed, which is no property of an item: never masked."""
+
+
 def check_images(images: Tensor) -> None:
     """Raises RewardError unless `images` is float (B, 3, H, W), finite, in [0, 1] and has no all-black image.
 

@@ -10,6 +10,7 @@ from crd_fast.errors import ConfigError, nearest
 from crd_fast.rewards.aesthetic import Aesthetic, AestheticOptions
 from crd_fast.rewards.base import Reward
 from crd_fast.rewards.clipscore import ClipScore, ClipScoreOptions
+from crd_fast.rewards.custom import CustomOptions, CustomReward
 from crd_fast.rewards.geneval import GenEvalReward, Vocabulary
 from crd_fast.rewards.geneval_detector import CLASSES, COLORS, ClipColors, Mask2FormerDetector, Mask2FormerOptions
 from crd_fast.rewards.hpsv2 import HPSv2, HPSv2Options
@@ -65,6 +66,7 @@ def _ocr(options: OcrSettings) -> Reward:
 _REWARDS: dict[str, tuple[type, Callable[[Any], Reward]]] = {
     "aesthetic": (AestheticOptions, Aesthetic),
     "clipscore": (ClipScoreOptions, ClipScore),
+    "custom": (CustomOptions, CustomReward),
     "geneval": (GenEvalOptions, _geneval),
     "hpsv2": (HPSv2Options, HPSv2),
     "imagereward": (ImageRewardOptions, ImageReward),
@@ -76,23 +78,34 @@ _REWARDS: dict[str, tuple[type, Callable[[Any], Reward]]] = {
     "shapes_judge": (ShapesJudgeOptions, ShapesJudge),
 }
 
-_SEVERAL: dict[str, Callable[[Any, str], Reward]] = {"legacy_remote": LegacyReward, "remote": RemoteReward}
+_SEVERAL: dict[str, Callable[[Any, str], Reward]] = {
+    "custom": CustomReward,
+    "legacy_remote": LegacyReward,
+    "remote": RemoteReward,
+}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a reward runs beside a rollout: "process", "thread", or "here", on the caller's own thread."""
+    """Where a reward runs beside a rollout: "process", "thread", or "here", on the caller's own thread.
+
+    tried: whether one image is scored before a run begins; a server has been asked when its reward was built.
+    """
 
     kind: str
     workers: int = 1
+    tried: bool = True
 
 
 def placement(name: str, options: Any) -> Placement:
-    """Where the reward of that name runs: reading text in processes, waiting for a server in threads."""
+    """Where the reward of that name runs: reading text in processes, waiting for a server in threads, and code of the
+    user's own where it says."""
     if isinstance(options, OcrSettings) and options.workers > 0:
         return Placement("process", options.workers)
     if isinstance(options, RemoteOptions | LegacyOptions):
-        return Placement("thread")
+        return Placement("thread", tried=False)
+    if isinstance(options, CustomOptions):
+        return Placement(options.runs, options.workers)
     return Placement("here")
 
 

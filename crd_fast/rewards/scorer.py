@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crd_fast.errors import RewardError
+from crd_fast.errors import CrdFastError, RewardError
 from crd_fast.rewards import registry
 from crd_fast.rewards.base import Metadata, Reward, check_images
 from crd_fast.rewards.workers import Outcome, end_workers, process_pool, score_in_process, score_outcome
@@ -122,7 +122,7 @@ class Scorer:
         # those that work elsewhere begin first
         names = sorted(self.rewards, key=lambda name: self._placement(name).kind == "here")
         for name in names:
-            if self._trying and self._placement(name).kind == "thread":
+            if self._trying and not self._placement(name).tried:
                 continue
             self._submit(name, images, prompts, metadata)
         self._submitted += len(prompts)
@@ -225,7 +225,7 @@ class Scorer:
         except Exception as error:
             raise RewardError(
                 f"reward {name!r} broke at items {piece.start} to {piece.stop - 1}, prompt {piece.prompts[0]!r}: "
-                f"{type(error).__name__}: {error}"
+                f"{error if isinstance(error, CrdFastError) else f'{type(error).__name__}: {error}'}"
             ) from error
         if outcome.failures and (self._trying or self._choices[name].on_error == "raise"):
             item = min(outcome.failures)

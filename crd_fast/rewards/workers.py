@@ -18,7 +18,7 @@ from torch import Tensor
 
 from crd_fast.errors import CrdFastError
 from crd_fast.rewards import registry
-from crd_fast.rewards.base import Metadata, PartialRewardError, Reward, score_batch, score_frames
+from crd_fast.rewards.base import BrokenRewardError, Metadata, PartialRewardError, Reward, score_batch, score_frames
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ def score_outcome(
         scores = score(reward, images, prompts, metadata)
     except PartialRewardError as error:
         scores, failures = error.scores, error.failures
+    except BrokenRewardError:
+        raise
     except CrdFastError as error:
         scores = {reward.name: torch.full((len(prompts),), torch.nan)}
         failures = dict.fromkeys(range(len(prompts)), str(error))

@@ -186,6 +186,15 @@ def test_all_of_the_generators_parameters(world: Path, tmp_path: Path) -> None:
     assert_kept(run, "after", after)
 
 
+def test_a_reward_of_the_users_own(world: Path, tmp_path: Path) -> None:
+    own = Path(__file__).parents[2] / "examples" / "rewards" / "colorfulness.py"
+    reward = {"name": "custom:color", "options": {"source": f"{own}:colorfulness", "arguments": {"scale": 2.0}}}
+    didr(world / "sd3.yaml", f"run.dir={tmp_path / 'run'}", f"reward={json.dumps(reward)}")
+    assert all(row["reward"]["custom:color"] > 0 for row in rows(tmp_path / "run"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["after"]["custom:color"] != summary["before"]["custom:color"]
+
+
 # --- stopping and continuing ---
 
 

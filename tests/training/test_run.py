@@ -254,6 +254,23 @@ def test_prompts_that_the_reward_could_never_score_are_told_before_the_model_is_
     assert "cows.jsonl:1: reward 'geneval': include[0].class is 'cow'" in capsys.readouterr().err
 
 
+def test_a_reward_of_the_users_own_trains(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    own = {"source": f"{ROOT / 'examples' / 'rewards' / 'colorfulness.py'}:colorfulness", "arguments": {"scale": 2.0}}
+    rewards = {
+        "custom:color": own | {"weight": 1, "runs": "process"},
+        "custom:plain": own | {"arguments": {}, "weight": 0},
+    }
+    settings = [f"run.dir={run}", f"rewards={json.dumps(rewards)}"]
+    train(recipe, *settings, "train.epochs=1")
+    train(recipe, *settings, "train.epochs=2", "--resume")
+    table = rows(run)
+    assert len(table) == 2
+    for row in table:
+        assert row["reward"]["custom:color"] == pytest.approx(2 * row["reward"]["custom:plain"], rel=1e-6)
+        assert row["grad_norm"] > 0 and row["reward_diagnostics"]["custom:color_tint"] > 0
+
+
 def test_overlapping_prompt_sets_are_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     same = f"data.test_prompts={recipe.parent / 'train.jsonl'}"
     train(recipe, f"run.dir={tmp_path / 'run'}", same, code=2)
