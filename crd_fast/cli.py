@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crd_fast.errors import ConfigError, CrdFastError, nearest
+from crd_fast.errors import ConfigError, CrdFastError, exhausted, nearest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # where nothing handles it better, such as while libraries are loaded
         print("crd-fast: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        reason = exhausted(error)
+        if reason is None:
+            raise
+        print(f"crd-fast: {reason}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -36,6 +37,26 @@ class TransformError(CrdFastError, NotImplementedError):
 
 class NonFiniteError(CrdFastError, FloatingPointError):
     """Losses or gradients stayed NaN or infinite."""
+
+
+def exhausted(error: BaseException) -> str | None:
+    """What the machine has run out of, memory or room on a disk, and what to do; None for any other error."""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = (str(seen).splitlines() or [""])[0]
+        no_room = isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)
+        if no_room or "No space left on device" in text:
+            return f"no room is left on the disk ({text}): make some, and start again; runs continue with --resume"
+        if isinstance(seen, MemoryError) or type(seen).__name__ == "OutOfMemoryError" or _CPU_MEMORY in text:
+            return (
+                f"out of memory ({text}): use less at a time, such as train.micro_batch, rollout.batch or "
+                "decode.micro_batch of a recipe, --batch of eval and score, or see docs/precision_and_memory.md"
+            )
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+_CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
