@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
 PREDICTION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SEED_LIMIT = 2**64
 STREAM_LIMIT = 2**31
+
+MaybeTensor = TypeVar("MaybeTensor", torch.Tensor, torch.Tensor | None)
 
 
 def values_are_checked(device: torch.device) -> bool:
@@ -138,6 +142,15 @@ def require_stream(stream: object) -> int:
 
 
 def require_finite_number(name: str, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    # numpy's scalars are real numbers too
+    real = isinstance(value, int | float) or isinstance(value, numbers.Real)
+    if not real or isinstance(value, bool) or not math.isfinite(value):  # type: ignore[arg-type]
         raise ValueError(f"{name}: expected a finite number, got {describe(value)}")
-    return float(value)
+    return float(value)  # type: ignore[arg-type]
+
+
+def savable(given: MaybeTensor) -> MaybeTensor:
+    """A copy of what was made under torch.inference_mode, which a gradient cannot keep; anything else as it is."""
+    if given is None or torch.compiler.is_compiling() or not given.is_inference():
+        return given
+    return given.clone()

@@ -163,6 +163,11 @@ def residual_inputs(
     for other_name, other in (("ref", ref), ("ref_uncond", ref_uncond), ("old", old)):
         if other is not None:
             checks.require_like(other_name, other, name, predicted)
+    if mask is not None:
+        mask = checks.require_mask(mask, predicted)
+    if torch.is_grad_enabled() and predicted.requires_grad:
+        velocity, x0, sigma, sample_ids = (checks.savable(given) for given in (velocity, x0, sigma, sample_ids))
+        ref, ref_uncond, mask = (checks.savable(given) for given in (ref, ref_uncond, mask))
     return ResidualInputs(
         predicted=predicted,
         target=velocity,
@@ -174,7 +179,7 @@ def residual_inputs(
         ref=None if ref is None else ref.detach(),
         ref_uncond=None if ref_uncond is None else ref_uncond.detach(),
         guidance_scale=float(guidance_scale),
-        mask=None if mask is None else checks.require_mask(mask, predicted),
+        mask=mask,
         prediction=prediction,
         old=None if old is None else old.detach(),
     )

@@ -72,6 +72,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree[leaf] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    if parents == ["rewards"] and tree[leaf] is None:
+        del tree[leaf]  # null takes a reward out; without options it is {}
 
 
 def build(cls: type, tree: Any, where: str = "", converters: Converters | None = None) -> Any:

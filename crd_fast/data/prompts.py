@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crd_fast.errors import ConfigError, DataError
+from crd_fast.errors import ConfigError, CrdFastError, DataError
 from crd_fast.rewards.base import QUOTED_TEXT, ChecksPrompts, Reward
 from crd_fast.rewards.geneval import check_metadata
 from crd_fast.rewards.ocr import quoted_text
@@ -80,7 +80,7 @@ class PromptSet:
     def _check(self, index: int, check: Check, asked_by: str = "") -> None:
         try:
             check(self.prompts[index], self.metadata[index])
-        except DataError as error:
+        except CrdFastError as error:
             raise DataError(f"{self.where(index)}: {asked_by}{error}") from error
 
 

@@ -82,11 +82,11 @@ def generator_loss(
         checks.require_like(name, other, "x0", x0)
     alpha, sigma = _levels(t, schedule, weighting, x0, x0_ta, x0_ref, s_r)
     inputs = GeneratorInputs(
-        ta=x0_ta.detach(),
-        ref=x0_ref.detach(),
+        ta=checks.savable(x0_ta.detach()),
+        ref=checks.savable(x0_ref.detach()),
         ref_uncond=None,
         guidance_scale=1.0,
-        s_r=s_r.detach(),
+        s_r=checks.savable(s_r.detach()),
         slope=torch.ones_like(alpha),
         level=sigma.square() / alpha,
     )
@@ -147,11 +147,11 @@ def generator_loss_of_predictions(
         one, zero = torch.ones_like(alpha)[:, None], torch.zeros_like(alpha)[:, None]  # (B, 1)
         shift, slope = (schedule.to_x0(*probe, t, kind).flatten() for probe in ((zero, one), (one, zero)))
     inputs = GeneratorInputs(
-        ta=ta.detach(),
-        ref=conditional.detach(),
-        ref_uncond=None if uncond is None else uncond.detach(),
+        ta=checks.savable(ta.detach()),
+        ref=checks.savable(conditional.detach()),
+        ref_uncond=None if uncond is None else checks.savable(uncond.detach()),
         guidance_scale=weight,
-        s_r=s_r.detach(),
+        s_r=checks.savable(s_r.detach()),
         slope=slope,
         level=sigma.square() / alpha,
     )

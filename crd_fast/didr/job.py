@@ -22,6 +22,7 @@ from crd_fast.evaluation import shapes_suite
 from crd_fast.progress import Reporter
 from crd_fast.rewards import registry
 from crd_fast.rewards.base import DifferentiableReward, score_batch
+from crd_fast.rewards.custom import changed_code, code_digests
 from crd_fast.training.checkpoint import CheckpointStore
 from crd_fast.training.launch import Launch, Session, launch
 from crd_fast.training.loop import EpochLoop, LoopSettings
@@ -135,7 +136,8 @@ class _Job:
             return
         with torch.no_grad():
             decoded = backbone.decode_with_graph(torch.zeros(1, *backbone.latent_shape, device=self.session.device))
-        shades = torch.linspace(0.1, 0.9, decoded.shape[-1], device=decoded.device).expand(decoded.shape)
+        shades = torch.linspace(0.1, 0.9, decoded.shape[-1], device=decoded.device).repeat(*decoded.shape[:-1], 1)
+        shades.requires_grad_()
         self.reward.differentiable_scores(shades, self.prompts.prompts[:1], self.prompts.metadata[:1])
 
     def _beta(self) -> float:
@@ -170,7 +172,9 @@ class _Job:
         recipe, train = self.recipe, self.recipe.train
         if self.ranks.first:
             write_text(self.directory / "config.yaml", dump_recipe(recipe))
-            self.directory.write_environment(self.session.device, self.ranks.world)
+            code = code_digests({recipe.reward.name: recipe.reward.options} if recipe.reward is not None else {})
+            for name in self.directory.write_environment(self.session.device, self.ranks.world, code):
+                self.report.say(changed_code(name))
         try:
             beta = self._beta()
         except ConfigError:  # it has to be set, and a run that has begun keeps its settings: this one has not
@@ -322,6 +326,7 @@ def _differentiable(recipe: DIDRRecipe) -> DifferentiableReward | None:
     if not reward.differentiable or not isinstance(reward, DifferentiableReward):
         raise ConfigError(
             f"reward.name is {recipe.reward.name!r}, which has no gradient in the image: use one that has, such as "
-            "hpsv2, pickscore, imagereward, clipscore or aesthetic"
+            "hpsv2, pickscore, imagereward, clipscore or aesthetic; one of your own says that it has by an attribute, "
+            "differentiable = True"
         )
     return reward

@@ -20,7 +20,7 @@ from crd_fast.errors import CrdFastError, DataError, RewardError
 from crd_fast.evaluation.pictures import read_image
 from crd_fast.rewards import registry
 from crd_fast.rewards.base import Metadata, PartialRewardError, Reward, check_images, score_batch
-from crd_fast.rewards.custom import CustomOptions, source_digest
+from crd_fast.rewards.custom import code_digests
 
 # what a reward raises that cannot be used here: no package, no model, no memory
 UNUSABLE = (CrdFastError, ImportError, OSError, torch.OutOfMemoryError)
@@ -54,7 +54,8 @@ def version_of(name: str, options: Any) -> dict[str, Any]:
         except distributions.PackageNotFoundError:
             packages[package] = "not installed"
     version = {"options": settings.plain(dataclasses.asdict(options)), "packages": packages}
-    return version | ({"code": source_digest(options)} if isinstance(options, CustomOptions) else {})
+    code = code_digests({name: options})
+    return version | ({"code": code[name]} if code else {})
 
 
 def score_files(

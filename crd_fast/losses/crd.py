@@ -81,7 +81,8 @@ def loss(
             frozen reference; the anchor is u + guidance_scale (c - u). Without ref_uncond it is ref, and
             guidance_scale must be 1.
         mask: bool, True where valid: (B, tokens) for (B, tokens, channels) latents, else broadcastable to
-            f_theta with as many dimensions. Means run over valid elements.
+            f_theta with as many dimensions. Means run over valid elements. A sample without any has residual 0 and
+            still counts in its group: give padding samples weight 0.
         sample_weights: (B,), finite, >= 0; multiply both terms. Samples of weight 0 leave every mean, group
             means and divisors included, as if they were not in the batch, and may hold NaN.
         kl_weights: (B,), finite, >= 0; multiply the KL term only: inverse-probability weights when the anchor
@@ -99,8 +100,7 @@ def loss(
             Predictions are not looked at: NaN in one is NaN in the loss.
         ExtensionMissingError: see `crd_fast.ops`.
     """
-    if not isinstance(config, CRDConfig):
-        raise ValueError(f"config: expected a CRDConfig, such as CRDConfig(beta=...), got {config!r}")
+    _check_config(config)
     checks.require_latents("f_theta", f_theta)
     _check_reference(ref, ref_uncond, guidance_scale, config)
     inputs = residual_inputs(
@@ -161,6 +161,7 @@ class CRDLoss(nn.Module):
 
     def __init__(self, config: CRDConfig = DEFAULT_CONFIG) -> None:
         super().__init__()
+        _check_config(config)
         self.config = config
 
     def forward(self, f_theta: Tensor, target: Noised | Tensor, **inputs: Any) -> CRDOutput:
@@ -179,6 +180,11 @@ def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type=device_type, enabled=False)
     return nullcontext()
+
+
+def _check_config(config: CRDConfig) -> None:
+    if not isinstance(config, CRDConfig):
+        raise ValueError(f"config: expected a CRDConfig, such as CRDConfig(beta=...), got {config!r}")
 
 
 def _check_reference(ref: Tensor | None, ref_uncond: Tensor | None, guidance_scale: float, config: CRDConfig) -> None:

@@ -5,12 +5,14 @@ A recipe that names code runs it, so somebody else's is to be read before it is 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +44,7 @@ class CustomOptions:
 
     def __post_init__(self) -> None:
         place, _, name = self.source.rpartition(":")
-        if not place or not name.isidentifier():
+        if not place or place.endswith(":") or not name.isidentifier():
             raise ConfigError(
                 f"source of a custom reward is {self.source!r}: expected FILE.py:NAME or package.module:NAME, "
                 "the name of a function or a class there"
@@ -57,11 +59,11 @@ class CustomOptions:
 class CustomReward:
     """What `source` names, as a `Reward`.
 
-    It is called with images (B, 3, H, W) in [0, 1], B prompts and B metadata entries, and returns B numbers (a tensor,
-    an array or a list), or a dict of them: the score under "score", or under its attribute `name` where it has one, and
-    diagnostics. Its attributes `requires`, `range`, `differentiable`, `differentiable_scores` and `check_prompt` are
-    those of `Reward`, `DifferentiableReward` and `ChecksPrompts`, where it has them; without `differentiable_scores`
-    gradients go through the call.
+    It is called with images (B, 3, H, W) in [0, 1], B prompts and B metadata entries, all of them its own to change,
+    and returns B numbers (a tensor, an array or a list), or a dict of them: the score under "score", or under its
+    attribute `name`, and diagnostics. Its attributes `requires`, `range`, `differentiable`, `differentiable_scores` and
+    `check_prompt` are those of `Reward`, `DifferentiableReward` and `ChecksPrompts`, where it has them; without
+    `differentiable_scores` gradients go through the call.
 
     Raises ConfigError where the source cannot be had, BrokenRewardError, with the line, where its code fails.
     """
@@ -79,41 +81,91 @@ class CustomReward:
             )
         self._own: Callable[..., Any] = found
         self._arguments = arguments
-        self._key = str(getattr(found, "name", "score"))
-        self.requires: frozenset[str] = frozenset(getattr(found, "requires", ()))
-        self.range: tuple[float, float] | None = getattr(found, "range", None)
-        self.differentiable = bool(getattr(found, "differentiable", False))
+        with self._blaming():
+            own_name, requires, limits = (getattr(found, key, None) for key in ("name", "requires", "range"))
+            self.differentiable = bool(getattr(found, "differentiable", False))
+        self._keys = ("score",) if own_name is None else (str(own_name), "score")
+        self.requires: frozenset[str] = self._names(requires)
+        self.range: tuple[float, float] | None = self._limits(limits)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> dict[str, Tensor]:
         """float32 (B,) CPU tensors: the score under this reward's name, and its diagnostics."""
         with torch.no_grad(), self._blaming():
-            columns = self._columns(self._own(images, prompts, metadata, **self._arguments))
-            values = {key: torch.as_tensor(value).detach().cpu().float() for key, value in columns.items()}
-        return {self.name: values.pop(self._key)} | values
+            # copies: other rewards see the same images, and the next epoch the same metadata
+            found = self._own(images.clone(), list(prompts), copy.deepcopy(list(metadata)), **self._arguments)
+        score, others = self._parts(found)
+        return {self.name: self._numbers(score, len(prompts))} | {
+            key: self._numbers(value, len(prompts), key) for key, value in others.items()
+        }
 
     def differentiable_scores(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
-        """Scores (B,) with a graph to the images, on their device."""
-        call = getattr(self._own, "differentiable_scores", self._own)
-        with self._blaming():
-            scores = self._columns(call(images, prompts, metadata, **self._arguments))[self._key]
+        """Scores (B,) with a graph to the images, on their device; errors of its code pass."""
+        call, arguments = self._own, self._arguments
+        if hasattr(call, "differentiable_scores"):
+            call, arguments = call.differentiable_scores, {}
+        # as it is: what recomputes activations ends a forward pass by exceptions of its own, through this code
+        found = call(images, list(prompts), copy.deepcopy(list(metadata)), **arguments)
+        scores, _ = self._parts(found)
         if not isinstance(scores, Tensor) or tuple(scores.shape) != (len(prompts),):
-            shown = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise BrokenRewardError(f"reward {self.name!r} returned {shown}: expected a tensor ({len(prompts)},)")
+            shown = f"a tensor {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            raise self._wrong(f"its differentiable scores are {shown}: expected a tensor ({len(prompts)},)")
+        if images.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
+            raise self._wrong(
+                "its differentiable scores have no gradient in the images: expected arithmetic of PyTorch alone, "
+                "without no_grad, detach or a way through arrays"
+            )
         return scores.to(images.device)
 
     def check_prompt(self, prompt: str, metadata: Metadata) -> None:
         """Its own check, where it has one. Raises DataError where that does."""
         with self._blaming():
-            getattr(self._own, "check_prompt", lambda prompt, metadata: None)(prompt, metadata)
+            getattr(self._own, "check_prompt", lambda prompt, metadata: None)(prompt, copy.deepcopy(metadata))
 
-    def _columns(self, found: Any) -> dict[str, Any]:
-        columns = dict(found) if isinstance(found, Mapping) else {self._key: found}
-        if self._key not in columns:
-            raise BrokenRewardError(
-                f"reward {self.name!r}: {self._source} returned {sorted(columns)}: expected its score under "
-                f"{self._key!r}"
+    def _parts(self, found: Any) -> tuple[Any, dict[str, Any]]:
+        """The score, and the diagnostics by name."""
+        if not isinstance(found, Mapping):
+            return found, {}
+        columns = dict(found)
+        key = next((key for key in self._keys if key in columns), None)
+        if key is None:
+            raise self._wrong(f"it returned {sorted(map(str, columns))}: expected its score under {self._keys[-1]!r}")
+        score = columns.pop(key)
+        if self.name in columns:
+            raise self._wrong(f"it returned a diagnostic under its own name, {self.name!r}: name it otherwise")
+        return score, {str(name): value for name, value in columns.items()}
+
+    def _numbers(self, value: Any, count: int, key: str = "") -> Tensor:
+        what = f"its diagnostic {key!r}" if key else "it"
+        try:
+            numbers = torch.as_tensor(value).detach().cpu().float()
+        except (TypeError, ValueError, RuntimeError) as error:
+            shown = f"a {type(value).__name__}" if not isinstance(value, list | tuple) else repr(value)[:200]
+            raise self._wrong(
+                f"{what} returned {shown}: expected {count} numbers, NaN for an image that cannot be scored"
+            ) from error
+        if tuple(numbers.shape) != (count,):
+            raise self._wrong(f"{what} returned shape {tuple(numbers.shape)} for {count} images: expected ({count},)")
+        return numbers
+
+    def _names(self, requires: Any) -> frozenset[str]:
+        names = () if requires is None else requires
+        if isinstance(names, str) or not isinstance(names, Iterable) or not all(isinstance(key, str) for key in names):
+            raise ConfigError(
+                f"reward {self.name!r}: requires is {requires!r}: expected names of metadata keys, such as ['style']"
             )
-        return columns
+        return frozenset(names)
+
+    def _limits(self, limits: Any) -> tuple[float, float] | None:
+        if limits is None:
+            return None
+        try:
+            low, high = (float(limit) for limit in limits)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"reward {self.name!r}: range is {limits!r}: expected (lowest, highest)") from error
+        return low, high
+
+    def _wrong(self, what: str) -> BrokenRewardError:
+        return BrokenRewardError(f"reward {self.name!r}, {self._source}: {what}")
 
     @contextmanager
     def _blaming(self) -> Iterator[None]:
@@ -122,7 +174,7 @@ class CustomReward:
             yield
         except CrdFastError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # code that exits would end a run as if it were finished
             raise BrokenRewardError(f"reward {self.name!r} failed in {_place(error, self._source)}") from error
 
 
@@ -131,13 +183,23 @@ def source_digest(options: CustomOptions) -> str:
     return hashlib.sha256(Path(_file(options.source)).read_bytes()).hexdigest()
 
 
+def code_digests(options: Mapping[str, Any]) -> dict[str, str]:
+    """`source_digest` of each reward that is the user's own, by name."""
+    return {name: source_digest(given) for name, given in options.items() if isinstance(given, CustomOptions)}
+
+
+def changed_code(name: str) -> str:
+    """What a run that continues says of a reward whose digest has changed."""
+    return f"reward {name!r}: its code is not what this run began with; numbers before and after may not compare"
+
+
 def _load(source: str, reward: str) -> Any:
     place, _, name = source.rpartition(":")
     try:
-        module = _module_of_file(place) if place.endswith(".py") else importlib.import_module(place)
+        module = _module_of_file(place) if place.endswith(".py") else _module_of_package(place)
     except CrdFastError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"reward {reward!r}: {source} cannot be imported: {_place(error, source)}") from error
     if not hasattr(module, name):
         public = [known for known in vars(module) if not known.startswith("_")]
@@ -145,9 +207,16 @@ def _load(source: str, reward: str) -> Any:
     return getattr(module, name)
 
 
+def _module_of_package(name: str) -> ModuleType:
+    """As Python finds it, and in the working directory, which a console script does not look into."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return importlib.import_module(name)
+
+
 def _module_of_file(path: str) -> ModuleType:
     """The module in a file, once a process: what it holds, such as a model, is shared by the rewards that use it."""
-    file = Path(path).resolve()
+    file = Path(path).expanduser().resolve()
     name = f"crd_fast_custom_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -169,11 +238,11 @@ def _file(source: str) -> str:
     """The file of a source; of a module its name where it is no file."""
     place = source.rpartition(":")[0]
     if place.endswith(".py"):
-        return str(Path(place).resolve())
+        return str(Path(place).expanduser().resolve())
     return getattr(sys.modules.get(place), "__file__", None) or place
 
 
-def _place(error: Exception, source: str) -> str:
+def _place(error: BaseException, source: str) -> str:
     """What happened and where, as far down as the code of the source goes."""
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _file(source)]
     where = f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}: " if own else f"{source}: "

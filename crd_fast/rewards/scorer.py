@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -20,7 +20,14 @@ from torch import Tensor
 from crd_fast.errors import CrdFastError, RewardError
 from crd_fast.rewards import registry
 from crd_fast.rewards.base import Metadata, Reward, check_images
-from crd_fast.rewards.workers import Outcome, end_workers, process_pool, score_in_process, score_outcome
+from crd_fast.rewards.workers import (
+    DaemonThreadPool,
+    Outcome,
+    end_workers,
+    process_pool,
+    score_in_process,
+    score_outcome,
+)
 
 
 @dataclass(frozen=True)
@@ -169,7 +176,7 @@ class Scorer:
             if placement.kind == "process":
                 self._executors[name] = process_pool(name, self._choices[name].options, placement.workers)
             else:
-                self._executors[name] = ThreadPoolExecutor(placement.workers, thread_name_prefix=f"reward-{name}")
+                self._executors[name] = DaemonThreadPool(placement.workers, f"reward-{name}")
         return self._executors[name]
 
     def collect(self) -> Scored:

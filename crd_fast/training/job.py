@@ -13,6 +13,7 @@ from crd_fast.evaluation.report import write_report
 from crd_fast.full_finetuning import FullCopies
 from crd_fast.lora import LoRABank
 from crd_fast.lora_file import read_adapter
+from crd_fast.rewards.custom import changed_code, code_digests
 from crd_fast.rewards.scorer import RewardChoice, Scorer
 from crd_fast.snapshots import BASE, TRAINED, ParameterSets
 from crd_fast.training.checkpoint import CheckpointStore
@@ -110,7 +111,9 @@ class _Job:
     def run(self) -> Path:
         if self.ranks.first:
             write_text(self.directory / "config.yaml", dump_recipe(self.recipe))
-            self.directory.write_environment(self.device, self.ranks.world)
+            code = code_digests({name: given.options for name, given in self.recipe.rewards.items()})
+            for name in self.directory.write_environment(self.device, self.ranks.world, code):
+                self.report.say(changed_code(name))
         loop = self._loop()
         if self.session.resume:
             loop.restore()

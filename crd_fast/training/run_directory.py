@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -119,7 +120,10 @@ class RunDirectory:
             pixels = (images[index].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
             Image.fromarray(pixels).save(folder / f"{number:05d}.png")
 
-    def write_environment(self, device: torch.device, ranks: int) -> None:
+    def write_environment(self, device: torch.device, ranks: int, code: Mapping[str, str]) -> list[str]:
+        """environment.json. code: digests of the user's own rewards; returns those that had another one before."""
+        file = self / "environment.json"
+        before = json.loads(file.read_text(encoding="utf-8")).get("code", {}) if file.is_file() else {}
         packages = ("crd-fast", "torch", "diffusers", "transformers", "numpy", "rapidocr")
         versions = {"python": platform.python_version()}
         for package in packages:
@@ -131,7 +135,7 @@ class RunDirectory:
             torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
         )
         write_json(
-            self / "environment.json",
+            file,
             {
                 "versions": versions,
                 "device": f"{device.type} ({name})",
@@ -139,8 +143,10 @@ class RunDirectory:
                 "ranks": ranks,
                 "commit": _commit(),
                 "command": " ".join(["crd-fast", *sys.argv[1:]]),
+                "code": dict(code),
             },
         )
+        return [name for name in code if name in before and before[name] != code[name]]
 
 
 def _newest(recipe: str) -> Path:

@@ -316,10 +316,23 @@ def test_a_time_limit(world: Path, tmp_path: Path) -> None:
 # --- wrong input ---
 
 
+def plain(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+def graphless(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    return images.detach().mean((1, 2, 3))
+
+
+graphless.differentiable = True  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["reward={name: jpeg_compressibility}"], "jpeg_compressibility', which has no gradient"),
+        ([f"reward={{name: custom, options: {{source: '{__file__}:graphless'}}}}"], "have no gradient in the images"),
+        ([f"reward={{name: custom, options: {{source: '{__file__}:plain'}}}}"], "attribute, differentiable = True"),
         (["train.batch=3"], "train.batch is 3, which 1 ranks with train.micro_batch 2 cannot share out"),
         (["algorithm.beta=-1"], "beta: expected a number > 0"),
         (["generator.path=nowhere/at/all"], "generator.path nowhere/at/all is not a folder"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -325,6 +326,47 @@ def test_reductions_agree():
     torch.testing.assert_close(none.loss.sum(), total.loss)
     torch.testing.assert_close(none.loss.mean(), mean.loss)
     torch.testing.assert_close(none.metrics["loss"], mean.loss)
+
+
+@pytest.mark.parametrize("target", ["noised", "velocity"])
+def test_what_was_made_in_inference_mode_is_as_good(target):
+    """Rollouts and references are often made there; a gradient cannot keep such tensors, so it keeps copies."""
+    torch.manual_seed(0)
+    f, x0, ids = torch.randn(4, 3, 5), torch.randn(4, 3, 5), torch.tensor([1, 1, 2, 2])
+
+    def outcome(mode):
+        with mode:
+            given = crd_fast.noise(x0.clone(), torch.rand(4, generator=torch.Generator().manual_seed(1)), seed=3)
+            others = {
+                "old": x0 * 2,
+                "advantages": x0[:, 0, 0] * 1,
+                "group_ids": ids.clone(),
+                "ref": x0 * 3,
+                "ref_uncond": x0 * 4,
+                "mask": torch.ones(4, 3, dtype=torch.bool),
+                "sample_weights": torch.ones(4),
+                "kl_weights": torch.ones(4),
+            }
+            y = given.epsilon() - given.x0 if target == "velocity" else given
+        assert others["ref"].is_inference() == isinstance(mode, torch.inference_mode)
+        leaf = f.clone().requires_grad_()
+        loss = crd_fast.loss(leaf, y, **others, guidance_scale=2.0).loss
+        loss.backward()
+        return loss.detach(), leaf.grad
+
+    torch.testing.assert_close(outcome(torch.inference_mode()), outcome(torch.no_grad()), rtol=0, atol=0)
+
+
+def test_numbers_of_numpy_are_numbers():
+    case = random_case((4, 3), groups=[1, 1, 2, 2])
+    inputs = {"old": case.f_old, "advantages": case.advantages, "ref": case.ref, "ref_uncond": case.f_old}
+    want = crd_fast.loss(case.f, case.y, **inputs, guidance_scale=4.5).loss
+    assert crd_fast.loss(case.f, case.y, **inputs, guidance_scale=np.float32(4.5)).loss == want
+
+
+def test_module_checks_its_config_when_it_is_made():
+    with pytest.raises(ValueError, match=r"config: expected a CRDConfig, .*got \{'beta': 2\}"):
+        crd_fast.CRDLoss({"beta": 2})
 
 
 def test_module_is_the_function():

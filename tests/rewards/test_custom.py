@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,57 @@ def breaks(images, prompts, metadata):
 
 def nameless(images, prompts, metadata):
     return {"level": images.mean((1, 2, 3))}
+
+def doubled(images, prompts, metadata):
+    return {"score": images.mean((1, 2, 3)), "custom": images.amax((1, 2, 3))}
+
+def square(images, prompts, metadata):
+    return images.mean((2, 3))
+
+def scalar_part(images, prompts, metadata):
+    return {"score": images.mean((1, 2, 3)), "part": 3.0}
+
+def some(images, prompts, metadata):
+    return [0.5, None, 0.5]
+
+def lazily(images, prompts, metadata):
+    yield from images.mean((1, 2, 3))
+
+async def later(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+def leaves(images, prompts, metadata):
+    raise SystemExit(0)
+
+def spoils(images, prompts, metadata):
+    scores = images.mean((1, 2, 3))
+    images.zero_()
+    for entry in metadata:
+        entry["inner"].clear()
+    prompts.clear()
+    return scores
+
+def flat(images, prompts, metadata):
+    with torch.no_grad():
+        return images.mean((1, 2, 3))
+flat.differentiable = True
+
+def text_keys(images, prompts, metadata): ...
+text_keys.requires = "style"
+
+def wrong_range(images, prompts, metadata): ...
+wrong_range.range = "0-1"
+
+class Moody:
+    @property
+    def requires(self):
+        raise RuntimeError("not today")
+    def __call__(self, images, prompts, metadata): ...
+
+class Named:
+    name = "named"
+    def __call__(self, images, prompts, metadata):
+        return {"score": images.mean((1, 2, 3))}
 
 @dataclass
 class Styled:
@@ -120,7 +173,8 @@ def test_a_module_is_a_source_too() -> None:
     reward = registry.build("custom:colors", CustomOptions("examples.rewards.colorfulness:colorfulness"))
     assert isinstance(reward, Reward) and isinstance(reward, ChecksPrompts)
     alike = registry.build("custom:colors", CustomOptions(COLORFUL))
-    assert torch.equal(reward(images(), [], [])["custom:colors"], alike(images(), [], [])["custom:colors"])
+    batch = images(), ["p"] * 3, [{}] * 3
+    assert torch.equal(reward(*batch)["custom:colors"], alike(*batch)["custom:colors"])
 
 
 def test_the_example_is_the_published_measure() -> None:
@@ -168,6 +222,43 @@ def test_a_failure_of_the_code_is_never_masked_and_names_its_line(source: str, r
     assert "reward 'custom' broke at items 0 to 2, prompt 'p'" in str(raised.value)
 
 
+@pytest.mark.parametrize("runs", ["here", "thread", "process"])
+def test_code_that_exits_ends_nothing_silently(source: str, runs: str) -> None:
+    choice = RewardChoice(CustomOptions(f"{source}:leaves", runs=runs))
+    with Scorer({"custom": choice}) as scorer, pytest.raises(RewardError, match="mine.py:.* in leaves: SystemExit: 0"):
+        scorer.submit(images(), ["p"] * 3, [{}] * 3)
+        scorer.collect()
+
+
+@pytest.mark.parametrize("runs", ["here", "thread"])
+def test_what_it_does_to_its_inputs_stays_its_own(source: str, runs: str) -> None:
+    choices = {
+        f"custom:{name}": RewardChoice(CustomOptions(f"{source}:{name}", runs=runs)) for name in ("spoils", "level")
+    }
+    pictures, prompts, entries = images(), ["p"] * 3, [{"inner": {"a": 1}}] * 3
+    with Scorer(choices) as scorer:
+        scorer.submit(pictures, prompts, entries)
+        found = scorer.collect()
+    torch.testing.assert_close(found.scores["custom:level"], images().mean((1, 2, 3)))
+    assert torch.equal(pictures, images()) and prompts == ["p"] * 3 and entries == [{"inner": {"a": 1}}] * 3
+
+
+def test_a_thread_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "hangs.py"
+    path.write_text("import time\n\ndef hangs(images, prompts, metadata):\n    time.sleep(300)\n")
+    script = (
+        "import torch\n"
+        "from crd_fast.rewards.custom import CustomOptions\n"
+        "from crd_fast.rewards.scorer import RewardChoice, Scorer\n"
+        f"choice = RewardChoice(CustomOptions({f'{path}:hangs'!r}, runs='thread'))\n"
+        "with Scorer({'custom': choice}, timeout_seconds=0.5) as scorer:\n"
+        "    scorer.submit(torch.rand(2, 3, 8, 8), ['p'] * 2, [{}] * 2)\n"
+        "    scorer.collect()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "has not scored items 0 to 1 after" in ended.stderr
+
+
 def test_an_item_that_it_cannot_score_is_masked(source: str) -> None:
     choice = RewardChoice(CustomOptions(f"{source}:unscored"), on_error="mask")
     with Scorer({"custom": choice}) as scorer:
@@ -184,6 +275,8 @@ def test_an_item_that_it_cannot_score_is_masked(source: str) -> None:
     [
         ("levl", "mine.py has no 'levl'; did you mean 'level'"),
         ("VALUE", "mine.py:VALUE is of type int, which cannot be called"),
+        ("text_keys", r"requires is 'style': expected names of metadata keys, such as \['style'\]"),
+        ("wrong_range", r"range is '0-1': expected \(lowest, highest\)"),
     ],
 )
 def test_what_is_not_there_is_named(source: str, name: str, message: str) -> None:
@@ -207,11 +300,53 @@ def test_a_source_that_cannot_be_imported_says_why(tmp_path: Path) -> None:
 def test_wrong_arguments_and_results_are_named(source: str) -> None:
     with pytest.raises(BrokenRewardError, match="unexpected keyword argument 'want'"):
         registry.build("custom", CustomOptions(f"{source}:Styled", {"want": "red"}))
-    with pytest.raises(BrokenRewardError, match=r"nameless returned \['level'\]: expected its score under 'score'"):
-        scored(f"{source}:nameless")
+    with pytest.raises(BrokenRewardError, match="'custom' failed in .*mine.py:.* in requires: RuntimeError: not today"):
+        registry.build("custom", CustomOptions(f"{source}:Moody"))
     reward = registry.build("custom", CustomOptions(f"{source}:listed"))
-    with pytest.raises(BrokenRewardError, match=r"'custom' returned list: expected a tensor \(3,\)"):
+    with pytest.raises(BrokenRewardError, match=r"its differentiable scores are a list: expected a tensor \(3,\)"):
         reward.differentiable_scores(images(), ["p"] * 3, [{}] * 3)
+    reward = registry.build("custom", CustomOptions(f"{source}:flat"))
+    assert reward.differentiable_scores(images(), ["p"] * 3, [{}] * 3).shape == (3,)
+    with pytest.raises(BrokenRewardError, match="have no gradient in the images"):
+        reward.differentiable_scores(images().requires_grad_(), ["p"] * 3, [{}] * 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nameless", r"it returned \['level'\]: expected its score under 'score'"),
+        ("doubled", "it returned a diagnostic under its own name, 'custom'"),
+        ("square", r"it returned shape \(3, 3\) for 3 images: expected \(3,\)"),
+        ("scalar_part", r"its diagnostic 'part' returned shape \(\) for 3 images"),
+        ("some", r"it returned \[0.5, None, 0.5\]: expected 3 numbers, NaN for an image that cannot be scored"),
+        ("lazily", "it returned a generator: expected 3 numbers"),
+        ("later", "it returned a coroutine: expected 3 numbers"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:coroutine")
+def test_results_that_are_no_scores_are_named(source: str, name: str, message: str) -> None:
+    reward = registry.build("custom", CustomOptions(f"{source}:{name}"))
+    with pytest.raises(BrokenRewardError, match=message):
+        reward(images(), ["p"] * 3, [{}] * 3)
+
+
+def test_a_name_of_its_own_may_be_the_key_of_the_score(source: str) -> None:
+    reward = registry.build("custom", CustomOptions(f"{source}:Named"))
+    torch.testing.assert_close(reward(images(), ["p"] * 3, [{}] * 3), {"custom": images().mean((1, 2, 3))})
+
+
+def test_a_package_in_the_working_directory_is_found_by_the_console_script(tmp_path: Path) -> None:
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "__init__.py").write_text("")
+    (tmp_path / "own_package" / "rewards.py").write_text(SOURCE)
+    code = (
+        "import sys\n"
+        "sys.path[:] = [entry for entry in sys.path if entry != '']\n"
+        "from crd_fast.rewards.custom import CustomOptions, CustomReward\n"
+        "print(CustomReward(CustomOptions('own_package.rewards:level')).name)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "custom\n", ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -219,6 +354,7 @@ def test_wrong_arguments_and_results_are_named(source: str) -> None:
     [
         ({"source": "level"}, "source of a custom reward is 'level': expected FILE.py:NAME"),
         ({"source": "mine.py:a b"}, "expected FILE.py:NAME"),
+        ({"source": "mine.py::level"}, "expected FILE.py:NAME"),
         ({"source": "m:f", "runs": "proces"}, "did you mean 'process'"),
         ({"source": "m:f", "workers": 0}, "workers of a custom reward is 0: expected at least 1"),
         ({"source": "m:f", "workers": 2}, "is 2: expected 1, or runs set to thread or process"),

@@ -49,10 +49,12 @@ class Brightness:
 def brightness(monkeypatch):
     """A scorer of `Brightness`, in the place of the reward that needs no model; "here" or in a thread."""
 
-    def make(on_error: str = "raise", kind: str = "here", workers: int = 1, timeout: float = 600.0) -> Scorer:
+    def make(
+        on_error: str = "raise", kind: str = "here", workers: int = 1, timeout: float = 600.0, tried: bool = True
+    ) -> Scorer:
         entry = (JpegSettings, lambda options: Brightness())
         monkeypatch.setitem(registry._REWARDS, "jpeg_compressibility", entry)
-        monkeypatch.setattr(registry, "placement", lambda name, options: registry.Placement(kind, workers))
+        monkeypatch.setattr(registry, "placement", lambda name, options: registry.Placement(kind, workers, tried))
         return Scorer({"jpeg_compressibility": RewardChoice(JpegSettings(), on_error)}, timeout)
 
     return make
@@ -121,12 +123,12 @@ def test_a_programming_error_is_never_masked(brightness, kind) -> None:
         scorer.collect()
 
 
-@pytest.mark.parametrize("kind", ["here", "thread"])
-def test_trying_out_finds_what_a_mask_would_hide(brightness, kind) -> None:
-    with brightness("mask", kind) as scorer:
+@pytest.mark.parametrize(("kind", "tried"), [("here", True), ("thread", True), ("thread", False)])
+def test_trying_out_finds_what_a_mask_would_hide(brightness, kind, tried) -> None:
+    with brightness("mask", kind, tried=tried) as scorer:
         scorer.try_out(levels(0.5), "p", {})
         broken = {"raise": RewardError("no model in /models/clip")}
-        if kind == "here":
+        if tried:
             with pytest.raises(RewardError, match="failed at item 0, prompt 'p': no model in /models/clip"):
                 scorer.try_out(levels(0.5), "p", broken)
         else:  # a server was asked already

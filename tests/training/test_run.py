@@ -271,6 +271,28 @@ def test_a_reward_of_the_users_own_trains(recipe: Path, tmp_path: Path) -> None:
         assert row["grad_norm"] > 0 and row["reward_diagnostics"]["custom:color_tint"] > 0
 
 
+def test_a_changed_reward_is_told_when_the_run_continues(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("def level(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    settings = [f"run.dir={tmp_path / 'run'}", f"rewards={json.dumps({'custom': {'source': f'{own}:level'}})}"]
+    train(recipe, *settings, "train.epochs=1")
+    train(recipe, *settings, "train.epochs=2", "--resume")
+    told = capsys.readouterr()
+    assert "its code is not" not in told.out + told.err
+    own.write_text(own.read_text() + "\n# other code\n")
+    train(recipe, *settings, "train.epochs=3", "--resume")
+    told = capsys.readouterr()
+    assert "reward 'custom': its code is not what this run began with" in told.out + told.err
+
+
+def test_a_reward_is_taken_out_by_null(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(recipe, f"run.dir={run}", "rewards.geneval=null", "rewards.jpeg_compressibility={}", "train.epochs=1")
+    assert set(rows(run)[0]["reward"]) == {"jpeg_compressibility"}
+
+
 def test_overlapping_prompt_sets_are_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     same = f"data.test_prompts={recipe.parent / 'train.jsonl'}"
     train(recipe, f"run.dir={tmp_path / 'run'}", same, code=2)
