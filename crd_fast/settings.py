@@ -135,6 +135,9 @@ def _convert(hint: Any, value: Any, where: str, converters: Converters) -> Any:
         return value
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
+    if hint is str and isinstance(value, bool):
+        words = "off, no or false" if not value else "on, yes or true"
+        raise ConfigError(f"{where} is {value!r}: expected text; YAML reads {words} so, put the word into quotes")
     names = {int: "a whole number", str: "text", bool: "true or false"}
     raise ConfigError(f"{where} is {value!r}: expected {names.get(hint, hint)}")
 

@@ -51,6 +51,7 @@ def test_overrides_and_numbers_yaml_reads_as_text(tmp_path: Path) -> None:
         ("rewards.genevall.weight=1", "unknown reward 'genevall'; did you mean 'geneval'"),
         ("train.epochs=1.5", "train.epochs is 1.5: expected a whole number"),
         ("train.lr=fast", "train.lr is 'fast': expected a number"),
+        ("acceleration.recompute=off", "recompute is False: expected text; YAML reads off, no or false so"),
         ("algorithm.adaptive_kl=3", "algorithm.adaptive_kl is 3: expected true or false"),
         ("algorithm.beta=-1", "beta: expected a finite number > 0, got -1"),
         ("algorithm.kl_fraction=0", r"kl_fraction is 0.0: expected a share in \(0, 1\]"),

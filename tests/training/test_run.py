@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -97,6 +98,13 @@ def test_a_run_leaves_every_file_of_its_contract(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["samples"] == 12 and {"geneval_strict", "clean", "tasks"} <= set(summary["after"])
     assert "tasks" in (finished / "report.html").read_text().lower()
+
+
+def test_every_metric_is_explained(finished: Path) -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    table = page.split("## What to watch")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", table))
+    assert rows(finished)[0].keys() - {"epoch", "step"} <= named
 
 
 def test_tensorboard_has_the_same_numbers(finished: Path) -> None:
