@@ -21,12 +21,17 @@ PREDICTIONS = ("v", "x0", "eps")
 TIMESTEP_STRATEGIES = ("uniform", "logit_normal", "discrete")
 
 
-@dataclass(frozen=True)
+Rows = slice | Tensor | Sequence[int]
+"""Of a batch: a slice, indices or a bool mask."""
+
+
+@dataclass(frozen=True, eq=False)
 class Noised:
     """One noising of a batch, with what is needed to make its noise again.
 
     x_t (B, *latent); x0 (B, *latent); sigma (B,) float32, or float64 when x0 is; seed in [0, 2^64);
-    sample_ids (B,) int64; stream in [0, 2^31). Made by `noise`.
+    sample_ids (B,) int64; stream in [0, 2^31). Made by `noise`. `fwd[rows]` is that of some of the samples, a slice,
+    indices or a bool mask.
     """
 
     x_t: Tensor
@@ -45,13 +50,40 @@ class Noised:
         dtype = torch.float64 if self.x0.dtype == torch.float64 else torch.float32
         return self.epsilon(dtype) - self.x0.to(dtype)
 
+    def __len__(self) -> int:
+        return len(self.x0)
 
-@dataclass(frozen=True)
+    def __getitem__(self, rows: Rows) -> Noised:
+        x_t, x0, sigma, sample_ids = (_rows(whole, rows) for whole in (self.x_t, self.x0, self.sigma, self.sample_ids))
+        return Noised(x_t, x0, sigma, self.seed, sample_ids, self.stream)
+
+
+@dataclass(frozen=True, eq=False)
 class ResidualStats:
-    """All of a prediction that a forward-process loss keeps, in velocity units: mse (B,) = E, mae (B,) = M."""
+    """All of a prediction that a forward-process loss keeps, in velocity units: mse (B,) = E, mae (B,) = M.
+
+    `stats[rows]` is that of some of the samples, `ResidualStats.cat` that of several batches.
+    """
 
     mse: Tensor
     mae: Tensor
+
+    def __len__(self) -> int:
+        return len(self.mse)
+
+    def __getitem__(self, rows: Rows) -> ResidualStats:
+        return ResidualStats(_rows(self.mse, rows), _rows(self.mae, rows))
+
+    @staticmethod
+    def cat(parts: Sequence[ResidualStats]) -> ResidualStats:
+        """Of all samples, in the order given."""
+        return ResidualStats(torch.cat([part.mse for part in parts]), torch.cat([part.mae for part in parts]))
+
+
+def _rows(whole: Tensor, rows: Rows) -> Tensor:
+    if not isinstance(rows, slice | Tensor | Sequence) or (isinstance(rows, Tensor) and rows.ndim != 1):
+        raise TypeError(f"rows of a batch are {rows!r}: expected a slice, indices or a bool mask, as x[2:3] for one")
+    return whole[rows]
 
 
 def noise(

@@ -126,6 +126,35 @@ def test_gradient_reaches_x0():
     torch.testing.assert_close(x0.grad, weight * (1 - sigma).view(3, 1, 1))
 
 
+@pytest.mark.parametrize(
+    "rows", [slice(1, 3), [2, 0], torch.tensor([3, 3]), torch.tensor([True, False, False, True])], ids=str
+)
+def test_some_of_the_samples(rows):
+    """Rows of a Noised are a Noised whose noise is made again, and whose residuals are those rows of the whole's."""
+    x0, f = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
+    whole = crd_fast.noise(x0, torch.rand(4), seed=5, stream=2, sample_ids=torch.tensor([7, 8, 9, 2**40]))
+    part = whole[rows]
+    assert isinstance(part, crd_fast.Noised) and len(part) == 2 and len(whole) == 4
+    assert torch.equal(part.epsilon(), whole.epsilon()[rows]) and torch.equal(part.target(), whole.target()[rows])
+    assert torch.equal(part.x_t, whole.x_t[rows])
+    stats, wanted = crd_fast.residual_stats(f[rows].contiguous(), part), crd_fast.residual_stats(f, whole)[rows]
+    assert torch.equal(stats.mse, wanted.mse) and torch.equal(stats.mae, wanted.mae) and len(wanted) == 2
+
+
+def test_statistics_of_batches_are_put_together():
+    whole = crd_fast.residual_stats(torch.randn(5, 3), torch.randn(5, 3))
+    again = crd_fast.ResidualStats.cat([whole[:2], whole[2:]])
+    assert torch.equal(again.mse, whole.mse) and torch.equal(again.mae, whole.mae)
+
+
+@pytest.mark.parametrize("rows", [1, torch.tensor(1), torch.ones(2, 2, dtype=torch.bool), None])
+def test_one_row_is_asked_for_as_a_slice(rows):
+    given = crd_fast.noise(torch.randn(4, 3), torch.rand(4), seed=0)
+    for batch in (given, crd_fast.residual_stats(torch.randn(4, 3), given)):
+        with pytest.raises(TypeError, match=r"expected a slice, indices or a bool mask, as x\[2:3\] for one"):
+            batch[rows]
+
+
 def test_frozen_and_complete():
     x0, sigma = torch.randn(2, 3), torch.rand(2, dtype=torch.float64)
     fwd = crd_fast.noise(x0, sigma, seed=4, stream=6)
