@@ -179,8 +179,10 @@ class CustomReward:
 
 
 def source_digest(options: CustomOptions) -> str:
-    """SHA-256 of the file that a reward's code is in: scores of other code are not its own."""
-    return hashlib.sha256(Path(_file(options.source)).read_bytes()).hexdigest()
+    """SHA-256 of the file that a reward's code is in: scores of other code are not its own. Of its name alone where it
+    is compiled into Python."""
+    file = Path(_file(options.source))
+    return hashlib.sha256(file.read_bytes() if file.is_file() else str(file).encode()).hexdigest()
 
 
 def code_digests(options: Mapping[str, Any]) -> dict[str, str]:
