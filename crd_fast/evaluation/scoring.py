@@ -125,11 +125,14 @@ def _score(
 def folder_prompts(folder: Path) -> tuple[PromptSet, list[Path]]:
     """Prompts and image files of a folder with `metadata.jsonl`, rows {"file_name", "prompt", ...}, in its order.
 
+    The file may lie one folder up, where `before` and `after` of a run's `samples` share one.
+
     Raises DataError for a missing file, a row without a name, or a name that leads out of the folder.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: expected images and metadata.jsonl in it")
-    prompts = load_prompts(folder / "metadata.jsonl")
+    own, shared = folder / "metadata.jsonl", folder.resolve().parent / "metadata.jsonl"
+    prompts = load_prompts(shared if shared.is_file() and not own.is_file() else own)
     files = []
     for index, entry in enumerate(prompts.metadata):
         name = entry.get("file_name")

@@ -59,6 +59,19 @@ def test_scores_come_in_the_order_of_the_metadata(folder: Path, capsys: pytest.C
     assert reversed_["scores"]["jpeg_compressibility"] == sizes[::-1] and len(set(sizes)) > 1
 
 
+def test_sides_of_a_run_share_their_metadata(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = run(capsys, "geneval,jpeg_compressibility", str(folder), "--json")
+    side = folder / "after"
+    side.mkdir()
+    for image in folder.glob("*.png"):
+        image.rename(side / image.name)
+    assert run(capsys, "geneval,jpeg_compressibility", str(side), "--json") == alone
+    write_rows(side, [ROWS[0] | {"file_name": "0.png"}])
+    assert (
+        len(json.loads(run(capsys, "jpeg_compressibility", str(side), "--json"))["scores"]["jpeg_compressibility"]) == 1
+    )
+
+
 def test_ocr_reads_with_its_options(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rapidocr", reason="reading needs crd-fast[rewards]")
     rng = np.random.default_rng(1)
