@@ -123,7 +123,10 @@ class RunDirectory:
     def write_environment(self, device: torch.device, ranks: int, code: Mapping[str, str]) -> list[str]:
         """environment.json. code: digests of the user's own rewards; returns those that had another one before."""
         file = self / "environment.json"
-        before = json.loads(file.read_text(encoding="utf-8")).get("code", {}) if file.is_file() else {}
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))["code"]
+        except (OSError, ValueError, KeyError, TypeError):  # none yet, of an earlier version, or damaged: made again
+            before = {}
         packages = ("crd-fast", "torch", "diffusers", "transformers", "numpy", "rapidocr")
         versions = {"python": platform.python_version()}
         for package in packages:

@@ -239,6 +239,9 @@ def test_damaged_files_of_a_run_are_named_or_made_again(
     embeddings.write_bytes(whole[:100])
     train(recipe, f"run.dir={run}", "--resume")
     assert embeddings.read_bytes() == whole
+    (run / "environment.json").write_text("{")
+    train(recipe, f"run.dir={run}", "--resume")
+    assert json.loads((run / "environment.json").read_text())["code"] == {}
     (run / "evaluation_before.json").write_text("{")
     train(recipe, f"run.dir={run}", "--resume", code=2)
     assert "evaluation_before.json: not JSON" in capsys.readouterr().err
