@@ -130,18 +130,29 @@ def require_weights(name: str, value: torch.Tensor) -> None:
 
 
 def require_seed(seed: object) -> int:
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < SEED_LIMIT:
-        raise ValueError(f"seed: expected an int in [0, 2**64), got {describe(seed)}")
-    return seed
+    return _require_count("seed", seed, SEED_LIMIT, "2**64")
 
 
 def require_stream(stream: object) -> int:
-    if not isinstance(stream, int) or isinstance(stream, bool) or not 0 <= stream < STREAM_LIMIT:
-        raise ValueError(f"stream: expected an int in [0, 2**31), got {describe(stream)}")
-    return stream
+    if isinstance(stream, torch.Tensor) and stream.ndim:
+        raise ValueError(
+            f"stream: expected one int in [0, 2**31) a call, got {describe(stream)}; where one call has several draws "
+            "of a sample, tell them apart by sample_ids, such as ids + (draw << 40)"
+        )
+    return _require_count("stream", stream, STREAM_LIMIT, "2**31")
+
+
+def _require_count(name: str, value: object, limit: int, shown: str) -> int:
+    # numpy's integers are integers too; a graph that is traced has ints alone, or symbols for them
+    whole = value if isinstance(value, int) else int(value) if isinstance(value, numbers.Integral) else -1
+    if isinstance(value, bool) or not 0 <= whole < limit:
+        raise ValueError(f"{name}: expected an int in [0, {shown}), got {describe(value)}")
+    return whole
 
 
 def require_finite_number(name: str, value: object) -> float:
+    if torch.compiler.is_compiling() and isinstance(value, float):
+        return value  # may be a symbol, which math.isfinite does not take
     # numpy's scalars are real numbers too
     real = isinstance(value, int | float) or isinstance(value, numbers.Real)
     if not real or isinstance(value, bool) or not math.isfinite(value):  # type: ignore[arg-type]

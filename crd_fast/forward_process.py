@@ -15,6 +15,7 @@ from torch import Tensor
 
 from crd_fast import checks, ops
 from crd_fast.errors import nearest
+from crd_fast.operation import refuse_transforms
 from crd_fast.reference import ResidualInputs
 
 PREDICTIONS = ("v", "x0", "eps")
@@ -105,7 +106,8 @@ def noise(
         sigma: (B,) floating-point noise levels in [0, 1]; scheduler timesteps are divided by 1000 first.
         seed: int in [0, 2^64).
         sample_ids: (B,) int64 identities of the samples, default 0..B-1. One id, one noise.
-        stream: int in [0, 2^31), tells apart several draws for one sample (timestep, inner epoch).
+        stream: int in [0, 2^31), tells apart several draws for one sample (timestep, inner epoch). Where one call
+            has several timesteps of a sample, tell them apart by their ids, such as ids + (timestep << 40).
         dtype: floating dtype of x_t, default that of x0.
 
     Raises:
@@ -114,11 +116,12 @@ def noise(
         ExtensionMissingError: CPU latents, neither the C++ extension nor CRD_FAST_BACKEND=reference.
     """
     checks.require_latents("x0", x0)
+    if not torch.compiler.is_compiling():
+        refuse_transforms(x0)
     batch, device = x0.shape[0], x0.device
     checks.require_per_sample("sigma", sigma, batch, device)
     checks.require_sigma_range(sigma)
-    checks.require_seed(seed)
-    checks.require_stream(stream)
+    seed, stream = checks.require_seed(seed), checks.require_stream(stream)
     if sample_ids is None:
         sample_ids = torch.arange(batch, device=device)
     checks.require_per_sample("sample_ids", sample_ids, batch, device, dtypes=(torch.int64,))
@@ -173,6 +176,8 @@ def residual_inputs(
 ) -> ResidualInputs:
     """Checked arguments of the residual ops. `name` is what the caller's user calls `predicted`."""
     checks.require_latents(name, predicted)
+    if not torch.compiler.is_compiling():
+        refuse_transforms(predicted)
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction: expected one of {PREDICTIONS}, got {prediction!r}")
     velocity: Tensor | None = None
@@ -259,9 +264,10 @@ def sample_timesteps(
     checks.require_finite_number("mean", mean)
     # The CPU generator takes 32 bits of a seed; hashing keeps neighbouring (seed, epoch) pairs unrelated.
     digest = hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=4).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    stratum = torch.randperm(count, generator=generator)  # (count,)
-    u = (stratum + torch.rand(count, generator=generator, dtype=torch.float64)) / count  # (count,)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
+    stratum = torch.randperm(count, generator=generator, device="cpu")  # (count,)
+    u = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")  # (count,)
+    u = (stratum + u) / count
     if strategy == "discrete":
         levels = _check_schedule(schedule)
         index = (u * levels.numel()).long().clamp(max=levels.numel() - 1)  # u may round up to 1

@@ -23,6 +23,11 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool
 FLOAT_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
+def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the extension writes into, whatever the default dtype and device of the program are."""
+    return torch.empty(sizes, dtype=dtype, device="cpu")
+
+
 @functools.cache
 def extension() -> ModuleType:
     """The module `crd_fast._C`.
@@ -108,7 +113,7 @@ def residual_stats(inputs: ResidualInputs, factor: Tensor | None, count: Tensor 
     """
     batch, dim = _sizes("predicted", inputs.predicted)
     of_old = 0 if inputs.old is None else batch
-    stats = tuple(torch.empty(size) for size in (batch, batch, batch, of_old, of_old))
+    stats = tuple(empty(size) for size in (batch, batch, batch, of_old, of_old))
     predicted, *rest = _residual_arguments(inputs)
     old = None
     if inputs.old is not None:
@@ -185,11 +190,11 @@ def objective(inputs: ObjectiveInputs) -> Objective:
     members = 0 if inputs.member_ids is None else inputs.member_ids.shape[0]
     shape = (batch,) if inputs.reduction == "none" else ()
     result = Objective(
-        loss=torch.empty(shape),
-        parts=torch.empty(2, *shape),
-        samples=torch.empty(3, batch),
-        slopes=torch.empty(2, batch),
-        metrics=torch.empty(len(METRICS)),
+        loss=empty(*shape),
+        parts=empty(2, *shape),
+        samples=empty(3, batch),
+        slopes=empty(2, batch),
+        metrics=empty(len(METRICS)),
     )
     extension().objective(
         vector("mse", inputs.mse, batch),

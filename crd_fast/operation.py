@@ -6,6 +6,7 @@ batch. In plain eager mode nobody listens to it, so the same kernel runs under t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -70,13 +71,27 @@ class Operation:
     def _is_straight(self, arguments: tuple[Any, ...]) -> bool:
         if torch.compiler.is_compiling():
             return False
-        _refuse_transforms(arguments[0])
+        refuse_transforms(arguments[0])
         if arguments[0].device.type not in self.kernels or _someone_listens():
             return False
         for argument in arguments:  # a loop, as everything on the way of a call counts
-            if isinstance(argument, Tensor) and type(argument) not in PLAIN_TYPES:
-                return False
+            if isinstance(argument, Tensor) and (type(argument) not in PLAIN_TYPES or argument.is_neg()):
+                return False  # the kernels read memory, where a lazy negation is not
         return True
+
+
+def on_its_device(kernel: Kernel) -> Kernel:
+    """`kernel` for tensors on any GPU: Triton launches on the current one, whatever its tensors are on."""
+
+    @functools.wraps(kernel)
+    def run(*arguments: Any) -> Any:
+        device = arguments[0].device  # without an index: on the CPU, under Triton's interpreter
+        if device.index is None or device.index == torch.cuda.current_device():
+            return kernel(*arguments)
+        with torch.cuda.device(device):
+            return kernel(*arguments)
+
+    return run
 
 
 def _is_differentiated(arguments: tuple[Any, ...]) -> bool:
@@ -93,8 +108,12 @@ def _someone_listens() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
 
 
-def _refuse_transforms(first: Tensor) -> None:
-    """PyTorch's own handling would be wrong without a word: tangents of zero, for one."""
+def refuse_transforms(first: Tensor) -> None:
+    """PyTorch's own handling would be wrong without a word: tangents of zero, for one.
+
+    Raises:
+        TransformError: inside torch.func, or `first` has a tangent.
+    """
     transformed = torch._C._are_functorch_transforms_active()
     if not transformed and forward_ad._current_level >= 0:
         transformed = forward_ad.unpack_dual(first).tangent is not None

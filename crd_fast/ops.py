@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from crd_fast import native, reference, reference_objective
-from crd_fast.errors import ConfigError, ExtensionMissingError
-from crd_fast.operation import Operation
+from crd_fast.errors import ConfigError, ExtensionMissingError, TransformError
+from crd_fast.operation import Operation, on_its_device
 from crd_fast.reference import ResidualInputs
 from crd_fast.reference_objective import ObjectiveInputs
 
@@ -92,12 +92,13 @@ def _noise_op(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream: 
 def _noise_cpu(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream: int, dtype: torch.dtype) -> Tensor:
     if not _compiled(x0.dtype, dtype):
         return reference.noise(x0, sigma, sample_ids, seed, stream, dtype)
-    out = torch.empty(x0.shape, dtype=dtype)
+    out = native.empty(*x0.shape, dtype=dtype)
     native.noise(x0, sigma.float().contiguous(), sample_ids.contiguous(), seed, stream, out)
     return out
 
 
 @_noise_op.register_kernel("cuda")
+@on_its_device
 def _noise_cuda(x0: Tensor, sigma: Tensor, sample_ids: Tensor, seed: int, stream: int, dtype: torch.dtype) -> Tensor:
     if not _compiled(x0.dtype, dtype):
         return reference.noise(x0, sigma, sample_ids, seed, stream, dtype)
@@ -141,12 +142,13 @@ def _epsilon_op(sample_ids: Tensor, shape: Sequence[int], seed: int, stream: int
 def _epsilon_cpu(sample_ids: Tensor, shape: Sequence[int], seed: int, stream: int, dtype: torch.dtype) -> Tensor:
     if not _compiled(dtype):
         return reference.epsilon(sample_ids, shape, seed, stream, dtype)
-    out = torch.empty(tuple(shape), dtype=dtype)
+    out = native.empty(*shape, dtype=dtype)
     native.epsilon(sample_ids.contiguous(), seed, stream, out)
     return out
 
 
 @_epsilon_op.register_kernel("cuda")
+@on_its_device
 def _epsilon_cuda(sample_ids: Tensor, shape: Sequence[int], seed: int, stream: int, dtype: torch.dtype) -> Tensor:
     if not _compiled(dtype):
         return reference.epsilon(sample_ids, shape, seed, stream, dtype)
@@ -184,6 +186,7 @@ def _residual_stats_cpu(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 @_residual_stats_op.register_kernel("cuda")
+@on_its_device
 def _residual_stats_cuda(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = ResidualInputs(*arguments)
     if not _compiled_residual(inputs):
@@ -245,6 +248,7 @@ def _dense_ids(inputs: ResidualInputs) -> ResidualInputs:
 
 
 @_residual_grad_op.register_kernel("cuda")
+@on_its_device
 def _residual_grad_cuda(*arguments: Any) -> Tensor:
     *shared, grad_mse, grad_kl, upstream = arguments
     inputs = ResidualInputs(*shared)
@@ -281,6 +285,18 @@ def _residual_grad_fake(*arguments: Any) -> Tensor:
     return torch.empty_like(arguments[0])
 
 
+def _residual_grad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Nothing is kept for what cannot be taken."""
+
+
+def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
+    raise TransformError(
+        "crd_fast's losses have first derivatives only: their gradient is one fused kernel. A gradient penalty or a "
+        "Hessian-vector product needs PyTorch operations; write the formula of crd_fast.loss's docstring in them"
+    )
+
+
+_residual_grad_op.register_autograd(_no_second_derivative, setup_context=_residual_grad_setup_context)
 residual_grad = Operation(_residual_grad_op, {"cpu": _residual_grad_cpu, "cuda": _residual_grad_cuda})
 
 
@@ -356,6 +372,7 @@ def _objective_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
 
 
 @_objective_op.register_kernel("cuda")
+@on_its_device
 def _objective_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = ObjectiveInputs(*arguments)
     if not _compiled_objective(inputs):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from crd_fast.didr.reference import GeneratorInputs, Statistics
-from crd_fast.native import _optional_vector, _ordered, _rows, _sizes, _vector, extension
+from crd_fast.native import _optional_vector, _ordered, _rows, _sizes, _vector, empty, extension
 
 
 def generator_statistics(
@@ -23,8 +23,8 @@ def generator_statistics(
         ValueError: a tensor has another device, dtype or shape.
     """
     batch, dim = _sizes("ta", inputs.ta)
-    distance, gap, correction, difference = (torch.empty(batch) for _ in range(4))
-    statistics = Statistics(distance, gap, correction, difference, torch.empty(batch, dtype=torch.int64))
+    distance, gap, correction, difference = (empty(batch) for _ in range(4))
+    statistics = Statistics(distance, gap, correction, difference, empty(batch, dtype=torch.int64))
     extension().generator_statistics(
         *_arguments(inputs, None),
         None if x0 is None else _rows("x0", x0, inputs.ta),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from crd_fast.didr import native, reference
 from crd_fast.didr.reference import GeneratorInputs, Statistics
-from crd_fast.operation import Operation
+from crd_fast.operation import Operation, on_its_device
 from crd_fast.ops import _compiled, _triton
 
 _INPUTS = "Tensor ta, Tensor ref, Tensor? ref_uncond, float guidance_scale, Tensor s_r, Tensor slope, Tensor level"
@@ -63,6 +63,7 @@ def _statistics_cpu(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 @_statistics_op.register_kernel("cuda")
+@on_its_device
 def _statistics_cuda(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (x0, x_t, shift) = GeneratorInputs(*arguments[:_FIELDS]), arguments[_FIELDS:]
     if not _is_compiled(inputs, x0, x_t):
@@ -104,6 +105,7 @@ def _gradient_cpu(*arguments: Any) -> Tensor:
 
 
 @_gradient_op.register_kernel("cuda")
+@on_its_device
 def _gradient_cuda(*arguments: Any) -> Tensor:
     inputs, (scale, upstream, dtype) = GeneratorInputs(*arguments[:_FIELDS]), arguments[_FIELDS:]
     if not (_is_compiled(inputs) and _compiled(dtype)):

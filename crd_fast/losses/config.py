@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, fields
 
 from crd_fast.errors import ConfigError
@@ -59,7 +60,7 @@ def _expectation(name: str, value: object) -> str:
         return "" if value in _CHOICES[name] else f"one of {', '.join(map(repr, _CHOICES[name]))}"
     if name in ("adaptive_weight", "adaptive_kl"):
         return "" if isinstance(value, bool) else "True or False"
-    if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or math.isnan(value):
         return "a number"
     if name == "temperature":
         return "" if value >= 0 else "a number >= 0 (math.inf for uniform centering, 0 for hard selection)"

@@ -125,10 +125,10 @@ def loss(
             kl=kl,
             old_mse=old_mse if kept is None else kept.mse,
             old_mae=old_mae if kept is None else kept.mae,
-            advantages=advantages.detach(),
+            advantages=_plain(advantages),
             group_ids=None if config.centering == "batch" else group_ids,
-            sample_weights=None if sample_weights is None else sample_weights.detach(),
-            kl_weights=None if kl_weights is None else kl_weights.detach(),
+            sample_weights=None if sample_weights is None else _plain(sample_weights),
+            kl_weights=None if kl_weights is None else _plain(kl_weights),
             member_ids=None,
             members=None,
             beta=float(config.beta),
@@ -234,6 +234,11 @@ def _with_other_ranks(given: ObjectiveInputs, process_group: dist.ProcessGroup) 
     return given._replace(member_ids=member_ids, members=members)
 
 
+def _plain(vector: Tensor) -> Tensor:
+    """Without a graph, and without the lazy negation that `.imag` of a conjugate has: kernels read memory."""
+    return vector.detach().resolve_neg()
+
+
 def _old_prediction(old: ResidualStats | Tensor, f_theta: Tensor) -> Tensor | None:
     if isinstance(old, ResidualStats):
         return None
@@ -250,4 +255,4 @@ def _old_stats(old: ResidualStats, f_theta: Tensor) -> ResidualStats:
     checks.require_per_sample("old.mse", old.mse, batch, device)
     checks.require_per_sample("old.mae", old.mae, batch, device)
     dtype = torch.float64 if old.mse.dtype == torch.float64 else torch.float32
-    return ResidualStats(old.mse.detach().to(dtype), old.mae.detach().to(dtype))
+    return ResidualStats(_plain(old.mse).to(dtype), _plain(old.mae).to(dtype))

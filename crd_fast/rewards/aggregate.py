@@ -125,7 +125,7 @@ def advantages(
     _check_ddof(groups, valid, ddof)
     stats = {name: groups.stats(raw, known[name], ddof) for name, raw in values.items()}
 
-    total = torch.zeros(groups.samples, dtype=torch.float64)
+    total = torch.zeros(groups.samples, dtype=torch.float64, device="cpu")
     if mode == "sum":
         for name, spec in active.items():
             total += spec.apply(values[name], spec.weight)
@@ -153,7 +153,7 @@ class _Groups:
         self.samples = group_ids.numel()
 
     def _sum(self, values: Tensor) -> Tensor:  # (G,)
-        return torch.zeros(self.groups, dtype=torch.float64).index_add_(0, self.index, values.double())
+        return torch.zeros(self.groups, dtype=torch.float64, device="cpu").index_add_(0, self.index, values.double())
 
     def count(self, seen: Tensor) -> Tensor:  # (G,)
         return self._sum(seen)
@@ -162,7 +162,7 @@ class _Groups:
         return self._sum(values.masked_fill(~seen, 0.0)) / self.count(seen).clamp_min(1)
 
     def constant(self, values: Tensor, seen: Tensor) -> Tensor:  # (G,) bool
-        low = torch.full((self.groups,), math.inf, dtype=torch.float64)
+        low = torch.full((self.groups,), math.inf, dtype=torch.float64, device="cpu")
         high = -low
         low = low.scatter_reduce(0, self.index, values.masked_fill(~seen, math.inf), "amin")
         high = high.scatter_reduce(0, self.index, values.masked_fill(~seen, -math.inf), "amax")

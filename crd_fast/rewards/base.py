@@ -111,6 +111,11 @@ def check_images(images: Tensor) -> None:
         )
 
 
+def unknown_scores(count: int) -> Tensor:
+    """(count,) NaN: of images that nothing has scored."""
+    return torch.full((count,), torch.nan, dtype=torch.float32, device="cpu")
+
+
 def check_scores(name: str, scores: Tensor, prompts: Sequence[str]) -> Tensor:
     """The scores (B,) of reward `name`, proven to be one finite float32 number on the CPU for each of B
     prompts.
@@ -163,7 +168,7 @@ def score_batch(
             about = "" if key == reward.name else f"{key} "
             failures = {item: f"{about}{why}" for item, why in error.failures.items()} | failures
     if failures:
-        failed = torch.zeros(batch, dtype=torch.bool)
+        failed = torch.zeros(batch, dtype=torch.bool, device="cpu")
         failed[list(failures)] = True
         raise PartialRewardError(
             reward.name, failures, {key: value.masked_fill(failed, torch.nan) for key, value in scores.items()}

@@ -137,7 +137,8 @@ class CustomReward:
     def _numbers(self, value: Any, count: int, key: str = "") -> Tensor:
         what = f"its diagnostic {key!r}" if key else "it"
         try:
-            numbers = torch.as_tensor(value).detach().cpu().float()
+            given = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float32, device="cpu")
+            numbers = given.detach().cpu().float()
         except (TypeError, ValueError, RuntimeError) as error:
             shown = f"a {type(value).__name__}" if not isinstance(value, list | tuple) else repr(value)[:200]
             raise self._wrong(

@@ -315,7 +315,10 @@ class GenEvalReward:
         if self.colors is not None:
             found = self._with_colors(self.colors, images, found, metadata)
         results = [evaluate(boxes, entry) for boxes, entry in zip(found, metadata, strict=True)]
-        scores = {key: torch.tensor([getattr(r, key) for r in results]) for key in ("accuracy", "strict", "soft")}
+        scores = {
+            key: torch.tensor([getattr(result, key) for result in results], dtype=torch.float32, device="cpu")
+            for key in ("accuracy", "strict", "soft")
+        }
         chosen = (scores["strict"] + scores["soft"]) / 2 if self.score == "strict+soft" else scores[self.score]
         return {self.name: chosen.clone()} | scores
 

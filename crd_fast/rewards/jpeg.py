@@ -46,4 +46,4 @@ class JpegCompressibility:
             file = io.BytesIO()
             Image.fromarray(pixels.numpy()).save(file, format="JPEG", quality=self._quality)
             sizes.append(file.tell())
-        return {self.name: torch.tensor(sizes, dtype=torch.float32) / -1000}
+        return {self.name: torch.tensor(sizes, dtype=torch.float32, device="cpu") / -1000}

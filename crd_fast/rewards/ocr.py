@@ -99,8 +99,8 @@ class OcrReward:
             raise RewardError(f"reward {self.name!r}: the reader returned {len(read)} lists for {len(targets)} prompts")
         scored = [text_score(target, lines) for target, lines in zip(targets, read, strict=True)]
         return {
-            self.name: torch.tensor([score for score, _ in scored], dtype=torch.float32),
-            f"{self.name}_exact": torch.tensor([exact for _, exact in scored], dtype=torch.float32),
+            self.name: torch.tensor([score for score, _ in scored], dtype=torch.float32, device="cpu"),
+            f"{self.name}_exact": torch.tensor([exact for _, exact in scored], dtype=torch.float32, device="cpu"),
         }
 
 

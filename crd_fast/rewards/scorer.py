@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from crd_fast.errors import CrdFastError, RewardError
 from crd_fast.rewards import registry
-from crd_fast.rewards.base import Metadata, Reward, check_images
+from crd_fast.rewards.base import Metadata, Reward, check_images, unknown_scores
 from crd_fast.rewards.workers import (
     DaemonThreadPool,
     Outcome,
@@ -200,7 +199,7 @@ class Scorer:
         failures: dict[str, dict[int, str]] = {}
         for name, parts in outcomes.items():
             keys = {key for part in parts for key in part.scores} | {name}
-            columns = {key: torch.full((count,), torch.nan) for key in keys}
+            columns = {key: unknown_scores(count) for key in keys}
             failures[name] = {}
             for piece, part in zip(pieces[name], parts, strict=True):
                 for key, value in part.scores.items():

@@ -21,7 +21,15 @@ from torch import Tensor
 
 from crd_fast.errors import CrdFastError
 from crd_fast.rewards import registry
-from crd_fast.rewards.base import BrokenRewardError, Metadata, PartialRewardError, Reward, score_batch, score_frames
+from crd_fast.rewards.base import (
+    BrokenRewardError,
+    Metadata,
+    PartialRewardError,
+    Reward,
+    score_batch,
+    score_frames,
+    unknown_scores,
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ def score_outcome(
     except BrokenRewardError:
         raise
     except CrdFastError as error:
-        scores = {reward.name: torch.full((len(prompts),), torch.nan)}
+        scores = {reward.name: unknown_scores(len(prompts))}
         failures = dict.fromkeys(range(len(prompts)), str(error))
     return Outcome(scores, failures, began, time.monotonic())
 

@@ -40,8 +40,8 @@ def _table() -> np.ndarray:
     """Palette index of every quantised colour: 0 for ground or sign, 1.. for the colours in order. int8 (2^18,)."""
     levels = (torch.arange(1 << _BITS, dtype=torch.float32) + 0.5) / (1 << _BITS)
     flat = torch.cartesian_prod(levels, levels, levels)  # (2^18, 3)
-    ground = torch.tensor(BACKGROUND) / 255
-    directions = torch.tensor([PANEL, *COLORS.values()]) / 255 - ground  # (P, 3)
+    ground = torch.tensor(BACKGROUND, dtype=torch.float32) / 255
+    directions = torch.tensor([PANEL, *COLORS.values()], dtype=torch.float32) / 255 - ground  # (P, 3)
     length = directions.square().sum(1)
     # an anti-aliased pixel lies on the line from ground to its colour; coverage is how far along, 1 on full colour
     coverage = (flat - ground) @ directions.T / length  # (2^18, P)

@@ -105,7 +105,7 @@ class Judge(nn.Module):
             nn.SiLU(),
             nn.Linear(128, OUTCOMES),
         )
-        places = (torch.arange(SIZE // 8) + 0.5) * (16 / SIZE) - 1
+        places = (torch.arange(SIZE // 8, dtype=torch.float32) + 0.5) * (16 / SIZE) - 1
         self.register_buffer("places", torch.stack(torch.meshgrid(places, places, indexing="xy")), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:

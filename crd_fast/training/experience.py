@@ -12,6 +12,7 @@ from crd_fast.backbones.base import Backbone, Conditioning
 from crd_fast.data.prompts import GroupSampler, PromptSet
 from crd_fast.ranks import Ranks
 from crd_fast.rewards.aggregate import AdvantageResult, advantages
+from crd_fast.rewards.base import unknown_scores
 from crd_fast.rewards.scorer import Scored, Scorer
 from crd_fast.rollout import RolloutBatch, generate, initial_noise
 from crd_fast.snapshots import SAMPLING, ParameterSets
@@ -135,7 +136,7 @@ class Explorer:
         """Every rank's columns (n,) as (count,); one that another rank alone has, as a reward failed here, is NaN."""
         own = len(self.ranks.share(count))
         names = self.ranks.union(columns)
-        return {name: self.ranks.gather(columns.get(name, torch.full((own,), torch.nan)), count) for name in names}
+        return {name: self.ranks.gather(columns.get(name, unknown_scores(own)), count) for name in names}
 
 
 def _reward_row(outcome: AdvantageResult, diagnostics: dict[str, Tensor]) -> Row:

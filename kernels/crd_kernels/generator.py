@@ -206,11 +206,11 @@ def generator_statistics(
     sum is 0; without x_t the shift is.
     """
     call = _Call(ta, ref, ref_uncond, s_r)
-    sums = [torch.empty(call.batch, device=ta.device) for _ in range(4)]
+    sums = [torch.empty(call.batch, dtype=torch.float32, device=ta.device) for _ in range(4)]
     count = torch.empty(call.batch, dtype=torch.int64, device=ta.device)
     distance, gap, correction, difference = sums
     config = reduction_config(call.batch, call.dim, processors_of(ta.device))
-    partial = torch.empty(call.batch, config.splits, 4, device=ta.device)
+    partial = torch.empty(call.batch, config.splits, 4, dtype=torch.float32, device=ta.device)
     invalid = torch.empty(call.batch, config.splits, dtype=torch.int32, device=ta.device)
     x0_rows, x_t_rows = (None if tensor is None else call.rows(tensor) for tensor in (x0, x_t))
     partial_sums_kernel[(call.batch * config.splits,)](

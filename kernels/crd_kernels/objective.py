@@ -395,7 +395,7 @@ def objective(
     shape = (batch,) if reduction == "none" else ()
 
     def empty(*sizes: int) -> torch.Tensor:
-        return torch.empty(sizes, device=mse.device)
+        return torch.empty(sizes, dtype=torch.float32, device=mse.device)
 
     def dense(tensor: torch.Tensor | None) -> torch.Tensor:
         return mse if tensor is None else tensor.contiguous()

@@ -293,13 +293,13 @@ def residual_stats(
     """
     call = _Call(predicted, target, target_kind, sample_ids, seed, stream, ref, ref_uncond, guidance_scale, mask)
     of_old = 0 if old is None else call.batch
-    mse, mae, kl = (torch.empty(call.batch, device=predicted.device) for _ in range(3))
-    old_mse, old_mae = (torch.empty(of_old, device=predicted.device) for _ in range(2))
+    mse, mae, kl = (torch.empty(call.batch, dtype=torch.float32, device=predicted.device) for _ in range(3))
+    old_mse, old_mae = (torch.empty(of_old, dtype=torch.float32, device=predicted.device) for _ in range(2))
     if call.batch == 0 or call.dim == 0:
         return mse.zero_(), mae.zero_(), kl.zero_(), old_mse.zero_(), old_mae.zero_()
     old_rows = None if old is None else call.rows(old)
     config = reduction_config(call.batch, call.dim, processors_of(predicted.device))
-    partial = torch.empty(call.batch, config.splits, 5, device=predicted.device)
+    partial = torch.empty(call.batch, config.splits, 5, dtype=torch.float32, device=predicted.device)
     partial_sums_kernel[(call.batch * config.splits,)](
         *call.tensors,
         partial if old_rows is None else old_rows,

@@ -192,6 +192,7 @@ BAD = [
     ({"seed": True}, r"seed: .*bool"),
     ({"stream": -1}, r"stream: expected an int in \[0, 2\*\*31\)"),
     ({"stream": 2**31}, r"stream: expected"),
+    ({"stream": torch.arange(3)}, r"stream: expected one int .*sample_ids, such as ids \+ \(draw << 40\)"),
     ({"sample_ids": torch.arange(4)}, r"sample_ids: expected shape \(3,\)"),
     ({"sample_ids": torch.arange(3).int()}, r"sample_ids: .*int64.*int32"),
     ({"sample_ids": torch.arange(3.0)}, r"sample_ids: .*int64"),
@@ -204,3 +205,10 @@ BAD = [
 def test_bad_input(changes, message):
     with pytest.raises(ValueError, match=message):
         crd_fast.noise(**(GOOD | changes))
+
+
+def test_draws_of_one_call_are_told_apart_by_ids():
+    x0, ids = torch.randn(4, 3, 5), torch.arange(4) + 100
+    stacked = torch.cat([ids + (draw << 40) for draw in range(3)])
+    eps = crd_fast.noise(x0.repeat(3, 1, 1), torch.rand(12), seed=0, sample_ids=stacked).epsilon()
+    assert len(eps.flatten(1).unique(dim=0)) == 12

@@ -284,6 +284,27 @@ def test_dropped_samples_of_the_generator_may_hold_anything():
     assert not gradient[1:].any() and gradient[0].isinf().any()
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_programs_default_dtype_changes_no_bit(default):
+    inputs, objective, (generator, of_distance) = CASES[1], OBJECTIVES[2], GENERATORS[2]
+
+    def run():
+        return (
+            *statistics(inputs),
+            *kernels.objective(*objective),
+            *kernels.generator_statistics(*generator, *of_distance),
+        )
+
+    expected = run()
+    torch.set_default_dtype(default)
+    try:
+        got = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
 # --- launches -----------------------------------------------------------------------------------------------
 
 

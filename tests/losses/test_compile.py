@@ -43,3 +43,18 @@ def test_fullgraph_equals_eager(temperature, loss_type, masked):
     eager = both(step)
     compiled = both(torch.compile(step, backend="aot_eager", fullgraph=True))
     torch.testing.assert_close(compiled, eager)
+
+
+def test_another_guidance_scale_is_compiled_too():
+    """Dynamo makes a symbol of a float that changed, which math.isfinite does not take."""
+    torch._dynamo.reset()
+    f, y, old, ref, ref_uncond = (torch.randn(SHAPE) for _ in range(5))
+    advantages = torch.randn(6)
+
+    def run(scale):
+        guided = {"ref": ref, "ref_uncond": ref_uncond, "guidance_scale": scale}
+        return crd_fast.loss(f, y, old=old, advantages=advantages, **guided).loss
+
+    compiled = torch.compile(run, backend="eager", fullgraph=True)
+    for scale in (1.5, 2.0, 4.5):
+        torch.testing.assert_close(compiled(scale), run(scale))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
+import torch
 
 import crd_fast
 from crd_fast.errors import ConfigError
@@ -64,3 +66,13 @@ def test_valid_extremes():
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         crd_fast.CRDConfig().beta = 2.0
+
+
+def test_numpys_scalars_are_numbers():
+    config = crd_fast.CRDConfig(beta=np.float32(1.5), kl_coef=np.float64(0.25), adv_clip=np.int64(3))
+    f, y, old, ref = torch.randn(4, 2, 3, 5).unbind()
+    rest = {"old": old, "ref": ref, "advantages": torch.randn(2)}
+    expected = crd_fast.loss(f, y, **rest, config=crd_fast.CRDConfig(beta=1.5, kl_coef=0.25, adv_clip=3))
+    assert torch.equal(crd_fast.loss(f, y, **rest, config=config).loss, expected.loss)
+    fwd = crd_fast.noise(f, torch.rand(2), seed=np.uint64(2**64 - 1), stream=np.int64(3))
+    assert torch.equal(fwd.epsilon(), crd_fast.noise(f, fwd.sigma, seed=2**64 - 1, stream=3).epsilon())

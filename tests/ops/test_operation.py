@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -11,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import crd_fast
 from crd_fast import ops
 from crd_fast.errors import TransformError
+from crd_fast.operation import on_its_device
 
 SHAPE = (4, 3, 5)
 
@@ -101,3 +105,71 @@ def test_a_trace_keeps_the_operator(inputs):
     rest = (old, None, None, None, 0, 0, None, None, 1.0, None, "v", None)
     traced = torch.jit.trace(lambda f: ops.residual_stats(f, *rest)[0], f)
     torch.testing.assert_close(traced(2 * f), crd_fast.residual_stats(2 * f, old).mse)
+
+
+def test_a_lazy_negation_counts(inputs):
+    """`.imag` of a conjugate points at memory with the other sign."""
+    x0, f, old, ref, sigma, advantages = inputs
+
+    def lazy(tensor):
+        negated = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+        assert negated.is_neg() and torch.equal(negated, tensor)
+        return negated
+
+    for a, b in zip(step(*map(lazy, inputs)), step(*inputs), strict=True):
+        assert torch.equal(a, b)
+    kept = crd_fast.residual_stats(old, ref)
+    weights = torch.rand(4)
+    rest = {"advantages": advantages, "sample_weights": weights, "kl_weights": weights}
+    expected = crd_fast.loss(f, ref, old=kept, ref=ref, **rest).loss
+    kept = crd_fast.ResidualStats(lazy(kept.mse), lazy(kept.mae))
+    got = crd_fast.loss(f, ref, old=kept, ref=ref, **{name: lazy(value) for name, value in rest.items()}).loss
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("over", ["f", "sigma", "advantages", "sample_weights"])
+def test_vmap_is_refused_before_values_are_looked_at(inputs, over):
+    x0, f, old, _, sigma, advantages = inputs
+    given = {"f": f, "sigma": sigma, "advantages": advantages, "sample_weights": torch.rand(4)}
+
+    def run(value):
+        now = given | {over: value}
+        fwd = crd_fast.noise(x0, now["sigma"], seed=0)
+        rest = {"advantages": now["advantages"], "sample_weights": now["sample_weights"]}
+        return crd_fast.loss(now["f"], fwd, old=old, **rest, config=crd_fast.CRDConfig(kl_coef=0)).loss
+
+    with pytest.raises(TransformError, match="vmap"):
+        torch.func.vmap(run)(torch.stack([given[over]] * 2))
+
+
+@pytest.mark.parametrize("dispatched", [False, True])
+def test_a_second_derivative_is_refused_in_words(inputs, dispatched):
+    _, f, old, ref, _, advantages = inputs
+    f.requires_grad_()
+    with Listener() if dispatched else nullcontext():
+        loss = crd_fast.loss(f, ref, old=old, advantages=advantages, ref=ref).loss
+        (gradient,) = torch.autograd.grad(loss, f, create_graph=True)
+        with pytest.raises(TransformError, match="first derivatives only"):
+            gradient.square().sum().backward()
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current GPU."""
+    current = [0]
+
+    class Device:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *_):
+            current[0] = self.before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    seen = on_its_device(lambda tensor: (tensor.device.index, current[0]))
+    for index in (0, 1):
+        assert seen(SimpleNamespace(device=torch.device("cuda", index))) == (index, index)
+    assert current == [0]

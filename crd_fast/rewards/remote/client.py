@@ -147,7 +147,7 @@ class RemoteReward:
             if absent:
                 raise RewardError(f"{self._where()}: item {absent[0]} of {count} has no {key!r}, though others have")
         scores = {
-            key: torch.tensor([torch.nan if value is None else value for value in column], dtype=torch.float32)
+            key: torch.tensor([torch.nan if v is None else v for v in column], dtype=torch.float32, device="cpu")
             for key, column in columns.items()
         }
         if failures:

@@ -89,7 +89,7 @@ class LegacyReward:
             answers = in_threads(ask, pieces, options.concurrency, call.stop)
         return {
             self.name if key == self._score else key: torch.tensor(
-                [value for answer in answers for value in answer[key]], dtype=torch.float32
+                [value for answer in answers for value in answer[key]], dtype=torch.float32, device="cpu"
             )
             for key in _ANSWERS[options.server]
         }

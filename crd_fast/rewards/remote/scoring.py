@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crd_fast.errors import CrdFastError, DataError, RewardError, nearest
-from crd_fast.rewards.base import QUOTED_TEXT, ChecksPrompts, PartialRewardError, Reward, score_batch
+from crd_fast.rewards.base import QUOTED_TEXT, ChecksPrompts, PartialRewardError, Reward, score_batch, unknown_scores
 from crd_fast.rewards.geneval import Detection, GenEvalReward
 from crd_fast.rewards.remote.png import decode_png, png_size
 from crd_fast.rewards.remote.protocol import Column, Item, ProtocolError, ScoreAnswer, ScoreRequest, encode_error
@@ -140,14 +140,14 @@ def _scores(
         return error.scores, error.failures
     except CrdFastError as error:
         if len(prompts) == 1:
-            return {reward.name: torch.full((1,), torch.nan)}, {0: str(error)}
+            return {reward.name: unknown_scores(1)}, {0: str(error)}
     merged: dict[str, Tensor] = {}
     failures: dict[int, str] = {}
     for row in range(len(prompts)):
         own = slice(row, row + 1)
         scores, failed = _scores(reward, images[own], prompts[own], metadata[own])
         for key, value in scores.items():
-            merged.setdefault(key, torch.full((len(prompts),), torch.nan))[row] = value[0]
+            merged.setdefault(key, unknown_scores(len(prompts)))[row] = value[0]
         if failed:
             failures[row] = failed[0]
     return merged, failures
