@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from crd_fast import didr, schedules
 from crd_fast.forward_process import Noised, ResidualStats, noise, residual_stats
-from crd_fast.losses import CRDConfig, CRDLoss, CRDOutput, loss
+from crd_fast.losses import CRDConfig, CRDLoss, CRDOutput, GroupMembers, group_members, loss
 
 __version__ = "0.1.0"
 
@@ -16,10 +16,12 @@ __all__ = [
     "CRDConfig",
     "CRDLoss",
     "CRDOutput",
+    "GroupMembers",
     "Noised",
     "ResidualStats",
     "__version__",
     "didr",
+    "group_members",
     "loss",
     "noise",
     "residual_stats",

@@ -26,6 +26,10 @@ class RankError(CrdFastError, RuntimeError):
     """Another rank failed, or is gone."""
 
 
+class OtherRankError(RankError):
+    """Another rank failed and said so: all ranks are there, and all of them know."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among the others. A job without a launcher is one rank, without any process group.
@@ -127,7 +131,7 @@ class Ranks:
             raise failure
         for rank, message in enumerate(messages):
             if message is not None:
-                raise RankError(f"rank {rank} failed while {doing}: {message}")
+                raise OtherRankError(f"rank {rank} failed while {doing}: {message}")
 
     def _all(self, value: Any) -> list[Any]:
         if self.control is None:
@@ -180,12 +184,24 @@ class Ranks:
 
 
 def choose_device(wanted: str | None) -> torch.device:
-    """The wanted one, or this rank's GPU, or the CPU. Raises ConfigError for one that is not there."""
-    if wanted is not None:
-        return _device(wanted)
-    if not torch.cuda.is_available():
+    """The wanted one, or this rank's GPU, or the CPU. A GPU is the process's current one from then on.
+
+    wanted: "cuda" is this rank's GPU too.
+
+    Raises ConfigError for one that is not there, or one GPU for several ranks.
+    """
+    if wanted is None and not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device("cuda") if wanted is None else _device(wanted)
+    if device.type != "cuda":
+        return device
+    if device.index is None:
+        device = torch.device("cuda", _number("LOCAL_RANK", 0))
+    elif _number("LOCAL_WORLD_SIZE", 1) > 1:
+        raise ConfigError(
+            f"run.device is {wanted!r} for {_number('LOCAL_WORLD_SIZE')} ranks on this machine: expected 'cuda' or "
+            "nothing, which gives every rank a GPU of its own"
+        )
     torch.cuda.set_device(device)
     return device
 

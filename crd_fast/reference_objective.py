@@ -125,7 +125,7 @@ def objective_dtype(mse: Tensor, old_mse: Tensor) -> torch.dtype:
 def objective(inputs: ObjectiveInputs) -> Objective:
     """The loss with its slopes, written out: no autograd is involved."""
     samples = _samples(inputs)
-    mapped = _mapped_reward(samples.advantage, inputs.adv_clip)  # a, (B,)
+    mapped = mapped_reward(samples.advantage, inputs.adv_clip)  # a, (B,)
     implicit, implicit_slope = _implicit_reward(samples, inputs)  # r and dr/dE, (B,)
     members = inputs.members
     if members is None:
@@ -181,7 +181,7 @@ def _samples(inputs: ObjectiveInputs) -> _Samples:
     )
 
 
-def _mapped_reward(advantages: Tensor, clip: float) -> Tensor:
+def mapped_reward(advantages: Tensor, clip: float) -> Tensor:
     """a in [0, 1]; an advantage of 0 maps to 1/2."""
     return (advantages.clamp(-clip, clip) / (2.0 * clip) + 0.5).clamp(0.0, 1.0)
 

@@ -29,9 +29,10 @@ Rows = Sequence[tuple[str, int]]  # (slot, number of rows), in batch order
 
 @dataclass(frozen=True)
 class DecaySchedule:
-    """Decay per epoch: min(initial + slope * max(0, epoch - start), maximum), and 0 (copy) before `start`.
+    """Decay that ends an epoch: min(initial + slope * max(0, step - start), maximum), arXiv 2603.14128.
 
-    initial, maximum: in [0, 1]; slope: per epoch, >= 0; start: epochs, >= 0.
+    step: optimiser steps taken so far, as the authors' public code counts them: an epoch has several. initial, maximum:
+    in [0, 1], 0 copies; slope: per step, >= 0; start: steps, >= 0.
 
     Raises ConfigError naming the value out of range.
     """
@@ -51,11 +52,9 @@ class DecaySchedule:
             if not good:
                 raise ConfigError(f"snapshot decay {name} is {value}: expected a decay in [0, 1], slope and start >= 0")
 
-    def at(self, epoch: int) -> float:
-        """The decay applied after epoch `epoch`, counted from 0."""
-        if epoch < self.start:
-            return 0.0
-        return min(self.initial + self.slope * (epoch - self.start), self.maximum)
+    def at(self, step: int) -> float:
+        """The decay applied when `step` optimiser steps have been taken."""
+        return min(self.initial + self.slope * max(0, step - self.start), self.maximum)
 
 
 class ParameterSets(ABC):

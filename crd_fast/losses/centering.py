@@ -1,4 +1,4 @@
-"""Groups that are spread over data-parallel ranks: three numbers and the id of every sample cross them.
+"""Groups that are spread, over data-parallel ranks or over calls: three numbers and the id of every sample cross.
 
 arXiv 2603.14128 centers the implicit and the external reward within each prompt's samples, wherever those are; nothing
 of the size of a latent is exchanged.
@@ -6,11 +6,51 @@ of the size of a latent is exchanged.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from crd_fast import checks
+
+
+@dataclass(frozen=True, eq=False)
+class GroupMembers:
+    """Samples that are centered together, N of them: what `loss` takes as `members`.
+
+    group_ids (N,) int64, None for one group; advantages (N,); implicit_reward (N,) = r at the current parameters;
+    active (N,) bool: those that count, None for all.
+    """
+
+    group_ids: Tensor | None
+    advantages: Tensor
+    implicit_reward: Tensor
+    active: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.advantages)
+
+    @staticmethod
+    def cat(parts: Sequence[GroupMembers]) -> GroupMembers:
+        """Of all parts. Raises ValueError where some have group_ids and others have none."""
+        ids = [part.group_ids for part in parts if part.group_ids is not None]
+        if len(ids) not in (0, len(parts)):
+            raise ValueError(f"members: {len(ids)} of {len(parts)} parts have group_ids: give them to all or to none")
+        counted = None
+        if any(part.active is not None for part in parts):
+            counted = torch.cat([part.counted() for part in parts])
+        return GroupMembers(
+            torch.cat(ids) if ids else None,
+            torch.cat([part.advantages for part in parts]),
+            torch.cat([part.implicit_reward for part in parts]),
+            counted,
+        )
+
+    def counted(self) -> Tensor:
+        """(N,) bool."""
+        return torch.ones_like(self.advantages, dtype=torch.bool) if self.active is None else self.active
 
 
 def gather(group_ids: Tensor, members: Tensor, process_group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,7 @@ def _expectation(name: str, value: object) -> str:
         return "" if isinstance(value, bool) else "True or False"
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or math.isnan(value):
         return "a number"
+    value = float(value)
     if name == "temperature":
         return "" if value >= 0 else "a number >= 0 (math.inf for uniform centering, 0 for hard selection)"
     if name == "kl_coef":

@@ -18,9 +18,9 @@ from torch import distributed as dist
 
 from crd_fast import checks, ops
 from crd_fast.forward_process import Noised, ResidualStats, residual_inputs
-from crd_fast.losses import centering
+from crd_fast.losses.centering import GroupMembers, gather
 from crd_fast.losses.config import CRDConfig
-from crd_fast.reference_objective import METRICS, ObjectiveInputs
+from crd_fast.reference_objective import METRICS, ObjectiveInputs, mapped_reward, objective_dtype
 
 DEFAULT_CONFIG = CRDConfig()
 
@@ -57,6 +57,7 @@ def loss(
     mask: Tensor | None = None,
     sample_weights: Tensor | None = None,
     kl_weights: Tensor | None = None,
+    members: GroupMembers | None = None,
     process_group: dist.ProcessGroup | None = None,
     config: CRDConfig = DEFAULT_CONFIG,
 ) -> CRDOutput:
@@ -87,6 +88,8 @@ def loss(
             means and divisors included, as if they were not in the batch, and may hold NaN.
         kl_weights: (B,), finite, >= 0; multiply the KL term only: inverse-probability weights when the anchor
             is evaluated for a random share of the samples. Where 0, the rows of ref are ignored.
+        members: all samples of the groups in this batch, its own included, where the rest of them is in other calls, as
+            when gradients are accumulated: see `group_members`. None: the groups are whole.
         process_group: data-parallel group whose ranks center together; groups may be spread over it, and
             every rank holds the same B. The reduction below stays local, as data parallelism averages it.
         config: `CRDConfig`. Its centering="batch" makes everything one group whatever group_ids says.
@@ -116,6 +119,7 @@ def loss(
     )
     kept = _old_stats(old, f_theta) if isinstance(old, ResidualStats) else None
     _check_samples(f_theta, advantages, group_ids, sample_weights, kl_weights)
+    _check_members(members, advantages, group_ids, sample_weights, process_group)
 
     def between(statistics: Sequence[Tensor]) -> ObjectiveInputs:
         mse, mae, kl, old_mse, old_mae = statistics
@@ -140,6 +144,8 @@ def loss(
             loss_type=config.loss_type,
             reduction=config.reduction,
         )
+        if members is not None:
+            return _with_members(given, members)
         return given if process_group is None else _with_other_ranks(given, process_group)
 
     with _without_autocast(f_theta.device.type):
@@ -221,6 +227,16 @@ def _check_samples(
     checks.require_finite("advantages", advantages, where=None if sample_weights is None else sample_weights != 0)
 
 
+def _with_members(given: ObjectiveInputs, members: GroupMembers) -> ObjectiveInputs:
+    dtype = objective_dtype(given.mse, given.old_mse)
+    mapped = mapped_reward(_plain(members.advantages).to(dtype), given.adv_clip)
+    rows = torch.stack((mapped, _plain(members.implicit_reward).to(dtype), members.counted().to(dtype)))
+    ids = members.group_ids
+    if given.group_ids is None or ids is None:
+        ids = torch.zeros(len(members), dtype=torch.int64, device=rows.device)
+    return given._replace(member_ids=ids, members=rows)
+
+
 @torch.no_grad()
 def _with_other_ranks(given: ObjectiveInputs, process_group: dist.ProcessGroup) -> ObjectiveInputs:
     """With the rewards of every rank's samples, to the bit as the objective will compute them for its own."""
@@ -230,8 +246,57 @@ def _with_other_ranks(given: ObjectiveInputs, process_group: dist.ProcessGroup) 
     ids = given.group_ids
     if ids is None:
         ids = torch.zeros(mse.shape[0], dtype=torch.int64, device=mse.device)
-    member_ids, members = centering.gather(ids, torch.stack((mapped, implicit, active)), process_group)
+    member_ids, members = gather(ids, torch.stack((mapped, implicit, active)), process_group)
     return given._replace(member_ids=member_ids, members=members)
+
+
+def _check_members(
+    members: GroupMembers | None,
+    advantages: Tensor,
+    group_ids: Tensor | None,
+    sample_weights: Tensor | None,
+    process_group: dist.ProcessGroup | None,
+) -> None:
+    if members is None:
+        return
+    if not isinstance(members, GroupMembers):
+        raise ValueError(f"members: expected GroupMembers, as group_members gives them, got {type(members).__name__}")
+    if process_group is not None:
+        raise ValueError(
+            "process_group: expected None with members; give it to group_members, which gathers every rank's samples"
+        )
+    if (members.group_ids is None) != (group_ids is None):
+        raise ValueError(
+            f"members: expected group_ids {'in neither' if group_ids is None else 'in both'}, the members have "
+            f"{'none' if members.group_ids is None else 'them'} and the batch has "
+            f"{'none' if group_ids is None else 'them'}"
+        )
+    count, device = len(members), advantages.device
+    checks.require_per_sample("members.advantages", members.advantages, count, device)
+    checks.require_per_sample("members.implicit_reward", members.implicit_reward, count, device)
+    if members.group_ids is not None:
+        checks.require_per_sample("members.group_ids", members.group_ids, count, device, dtypes=(torch.int64,))
+    if members.active is not None:
+        checks.require_per_sample("members.active", members.active, count, device, dtypes=(torch.bool,))
+    if checks.values_are_checked(device):
+        _require_own(members, group_ids, advantages, sample_weights)
+
+
+def _require_own(
+    members: GroupMembers, group_ids: Tensor | None, advantages: Tensor, sample_weights: Tensor | None
+) -> None:
+    """A group's mean includes the sample itself."""
+    counts = torch.ones_like(advantages, dtype=torch.bool) if sample_weights is None else sample_weights != 0
+    if group_ids is None or members.group_ids is None:
+        own, theirs = counts.sum(), members.counted().sum()
+    else:
+        own = ((group_ids[:, None] == group_ids) & counts).sum(1)[counts]
+        theirs = ((group_ids[:, None] == members.group_ids) & members.counted()).sum(1)[counts]
+    if bool((theirs < own).any()):
+        raise ValueError(
+            f"members: expected all samples of the groups in this batch, its own {int(counts.sum())} included, got "
+            f"{len(members)} that do not hold them; put the group_members of every part together, this one's too"
+        )
 
 
 def _plain(vector: Tensor) -> Tensor:

@@ -80,6 +80,11 @@ class AlgorithmSettings(CRDConfig):
             )
         settings.require_known("algorithm", self, "advantage_mode", ADVANTAGE_MODES)
         settings.require_known("algorithm", self, "advantage_scope", ADVANTAGE_SCOPES)
+        if self.advantage_mode == "gdpo" and self.advantage_scope == "group":
+            raise ConfigError(
+                "algorithm.advantage_scope is 'group' but algorithm.advantage_mode is 'gdpo', which normalises in "
+                "groups and whitens over the batch anyway: leave the scope out"
+            )
         settings.require_finite("algorithm", self, "guidance_scale")
         if self.reduction != "mean" or self.prediction != "v":
             raise ConfigError("algorithm.reduction and algorithm.prediction belong to the loss: the trainer sets them")
@@ -322,6 +327,10 @@ class Recipe:
             )
         if not self.rewards:
             raise ConfigError(f"recipe {self.name} has no rewards: name at least one of {registry.available()}")
+        if all(given.spec.weight == 0 for given in self.rewards.values()):
+            raise ConfigError(
+                f"rewards {', '.join(self.rewards)} all have weight 0, nothing to train on: give one a weight"
+            )
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -32,26 +32,32 @@ class FrozenPredictions:
     ) -> None:
         self.backbone, self.sets, self.precisions = backbone, sets, precisions
         self.unconditional, self.guidance_scale, self.keep = unconditional, guidance_scale, keep
-        self.predicted = 0  # samples that went through a model
+        self.predicted = 0  # samples that went through a model, since whoever asks set it to 0
         self._kept: dict[int, tuple[crd_fast.ResidualStats, dict[str, Any]]] = {}
+
+    def release(self) -> None:
+        """Drop what was kept for the parts of a group, unless later passes want it too."""
+        if not self.keep:
+            self._kept.clear()
 
     def forget(self) -> None:
         """Drop what was kept: the epoch is over, or its samples are others."""
         self._kept.clear()
-        self.predicted = 0
 
     def predict(
-        self, fwd: crd_fast.Noised, prompts: Conditioning, step: StepInputs
+        self, fwd: crd_fast.Noised, prompts: Conditioning, step: StepInputs, *, again: bool = False
     ) -> tuple[crd_fast.ResidualStats, dict[str, Any]]:
         """The old prediction's statistics, and the loss's arguments about the reference.
 
-        The anchor has the rows of `step.anchored`; its other rows are zero and have no KL weight.
+        The anchor has the rows of `step.anchored`; its other rows are zero and have no KL weight. again: the same will
+        be asked for once more before `release`.
         """
-        if not self.keep:
-            return self._predict(fwd, prompts, step)
-        if step.plan.index not in self._kept:
-            self._kept[step.plan.index] = self._predict(fwd, prompts, step)
-        return self._kept[step.plan.index]
+        if step.plan.index in self._kept:
+            return self._kept[step.plan.index]
+        found = self._predict(fwd, prompts, step)
+        if self.keep or again:
+            self._kept[step.plan.index] = found
+        return found
 
     @torch.no_grad()
     def _predict(
@@ -60,8 +66,8 @@ class FrozenPredictions:
         """One pass over [old | reference conditional | reference unconditional] rows."""
         count, scale = len(fwd.x_t), self.guidance_scale
         anchored = step.anchored
-        guided = self.backbone.is_guided(scale)
-        copies = 0 if len(anchored) == 0 else 1 + guided
+        guided = len(anchored) > 0 and self.backbone.is_guided(scale)
+        copies = 1 + guided if len(anchored) else 0
         x = torch.cat([fwd.x_t] + [fwd.x_t[anchored]] * copies)
         sigma = torch.cat([fwd.sigma] + [fwd.sigma[anchored]] * copies)
         parts = [prompts]

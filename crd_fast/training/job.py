@@ -68,6 +68,7 @@ class _Job:
             raise ConfigError("evaluation.suite is set but data.test_prompts is not: name the held-out prompts")
         with ranks.together("loading the model"):
             self.backbone = load_backbone(recipe.model, recipe.precision.dtype, device)
+            self._check_guidance()
         if device.type == "cpu":
             keep_freed_memory()
         self.sets = self._parameter_sets()
@@ -91,6 +92,14 @@ class _Job:
             session.stop,
             ranks,
         )
+
+    def _check_guidance(self) -> None:
+        """Raises ConfigError for a scale that the family does not know, before anything is sampled."""
+        if self.recipe.algorithm.kl_coef > 0:
+            self.backbone.is_guided(self.recipe.algorithm.guidance_scale)
+        for settings in (self.recipe.rollout, self.recipe.evaluation):
+            if settings.guidance_scale is not None:
+                self.backbone.is_guided(settings.guidance_scale)
 
     def _parameter_sets(self) -> ParameterSets:
         recipe, lora = self.recipe, self.recipe.lora

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crd_fast.errors import CrdFastError, NonFiniteError
-from crd_fast.ranks import RankError
+from torch import distributed as dist
+
+from crd_fast.errors import CheckpointError, NonFiniteError
+from crd_fast.ranks import OtherRankError, RankError
 from crd_fast.training.checkpoint import CheckpointStore
 from crd_fast.training.launch import Session
 from crd_fast.training.resume import EpochStart, EpochTrainer
@@ -87,10 +89,8 @@ class EpochLoop:
                 self.store.finish()
                 last = self.store.newest_path()
                 raise NonFiniteError(f"{error}; last good checkpoint: {last or 'none yet'}") from error
-            except RankError:
-                raise  # a save that waits for a rank that is gone would not finish
-            except CrdFastError:
-                self.store.finish()
+            except Exception as error:
+                self._finish_after(error)
                 raise
             row["elapsed_seconds"] = ranks.tell(elapsed_before + time.perf_counter() - started)
             if scalars is not None:
@@ -115,6 +115,15 @@ class EpochLoop:
         path = self.session.directory / "metrics.jsonl"
         rows = path.read_text().splitlines() if path.exists() else []
         return float(json.loads(rows[-1])["elapsed_seconds"]) if rows else 0.0
+
+    def _finish_after(self, error: Exception) -> None:
+        """Let the save that is being written come to its end, which every rank has to do for it."""
+        if isinstance(error, dist.DistError | RankError) and not isinstance(error, OtherRankError):
+            return  # one that waits for a rank that is gone would not finish
+        try:
+            self.store.finish()
+        except CheckpointError as also:
+            self.session.report.say(str(also))  # what came first is what the user has to see
 
     def _save(self, *, wait: bool = False) -> None:
         trainer = self.trainer

@@ -13,13 +13,17 @@ from crd_fast.errors import ConfigError
 from crd_fast.training.config import Recipe, build_recipe, dump_recipe
 from crd_fast.training.run_directory import RunDirectory
 
-# Settings that a resumed run may change: they say how long, not what.
+# Settings that a resumed run may change: they say how long and in which pieces, not what.
 _FREE = (
     "train.epochs",
     "train.max_minutes",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.micro_batch",
+    "rollout.batch",
+    "rollout.decode_batch",
+    "evaluation.batch",
+    "acceleration.recompute",
     "train.sharding",
     "train.timeout_minutes",
     "run.dir",

@@ -6,8 +6,9 @@ unconditional] rows, one pass with gradients, the loss, and an optimiser step ev
 snapshots move.
 
 Where it departs from the paper: noise levels are stratified over the epoch and shared within a group, and so may be
-the noise (`shared_noise`); the anchor may be evaluated for a random share of the samples (`kl_fraction`, unbiased);
-an epoch may pass over its samples several times (`inner_epochs`), with the same noise (`fixed_noise`).
+the noise (`shared_noise`); a group that does not fit into a micro-step is centered as a whole, by a pass ahead of its
+parts; the anchor may be evaluated for a random share of the samples (`kl_fraction`, unbiased); an epoch may pass over
+its samples several times (`inner_epochs`), with the same noise (`fixed_noise`).
 Where it departs from the authors' public code: groups are centered per (prompt, timestep) by default; of the old
 prediction two floats a sample are kept and noise is made again from its seed; adapters are rows of a bank and are never
 swapped; what an optimiser step sees does not depend on the number of ranks; the reference is not run when kl_coef is 0;
@@ -107,14 +108,17 @@ class Trainer:
         )
         self.loss_config = recipe.algorithm.loss_config()
         # where a group, or a batch that is centered as one, is spread over ranks
-        spread = train.micro_batch % train.group_size != 0 or self.loss_config.centering == "batch"
+        by_batch = self.loss_config.centering == "batch"
+        spread = train.micro_batch % train.group_size != 0 or by_batch
+        # micro-steps that hold the parts of one group
+        self.parts = 1 if by_batch else max(1, train.group_size // (ranks.world * train.micro_batch))
         self.centering_group = ranks.data_group if spread else None
         self.optimizer = GuardedAdamW(
             sets, lr=train.lr, weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm
         )
         self._gated = prepared.precisions.roles["ref"] != FP8
         self.epoch = 0  # finished epochs
-        self._trained = 0  # samples that the trained model saw in this epoch's updates
+        self._trained = self._previewed = 0  # samples that the trained model saw in this epoch's updates
 
     # --- state ---
 
@@ -157,7 +161,7 @@ class Trainer:
             gate_reference(self, experience.batch)
             self._gated = True
         totals = self.optimize(epoch, experience)
-        decays = self._move_snapshots(epoch)
+        decays = self._move_snapshots()
         self.epoch += 1
         elapsed = time.perf_counter() - started
         return {
@@ -187,7 +191,7 @@ class Trainer:
                 ranks=self.ranks.world,
             )
         )
-        started, self._trained = time.perf_counter(), 0
+        started, self._trained, self._previewed, self.frozen.predicted = time.perf_counter(), 0, 0, 0
         metrics, norms = self._updates(step_inputs(plan, experience, train, self.backbone.device), experience)
         taken = [norm for norm in norms if math.isfinite(norm)]
         row = epoch_metrics(METRICS, self.ranks.everyone(metrics.cpu()))
@@ -201,9 +205,12 @@ class Trainer:
         """
         rows, norms = [], []
         self.frozen.forget()
-        for step in steps:
+        members: crd_fast.GroupMembers | None = None
+        for number, step in enumerate(steps):
             self.stop.check(self.ranks)
-            out = self._micro_step(experience.batch.latents, step)
+            if self.parts > 1 and number % self.parts == 0:
+                members = self._members(experience.batch.latents, steps[number : number + self.parts])
+            out = self._micro_step(experience.batch.latents, step, members)
             with self.phases.timed("backward"):
                 self.sets.before_backward(step.plan.last)
                 (out.loss * step.plan.scale).backward()
@@ -213,16 +220,40 @@ class Trainer:
         self.frozen.forget()
         return torch.stack(rows), norms
 
-    def _micro_step(self, latents: Tensor, step: StepInputs) -> crd_fast.CRDOutput:
-        x0, sigma = latents[step.rows], step.sigma
-        with self.phases.timed("noise"):
-            fwd = crd_fast.noise(x0, sigma, seed=self.recipe.run.seed, sample_ids=step.noise_ids)
-        prompts = self.conditioning[step.prompt_ids]
+    @torch.no_grad()
+    def _members(self, latents: Tensor, parts: Sequence[StepInputs]) -> crd_fast.GroupMembers:
+        """What every part of a group has to know of the others: the group is centered as a whole, over all ranks."""
+        self.frozen.release()
+        found = []
+        for step in parts:
+            fwd, prompts = self._noised(latents, step), self.conditioning[step.prompt_ids]
+            with self.phases.timed("no_grad"):
+                old, _ = self.frozen.predict(fwd, prompts, step, again=True)
+            self._previewed += len(fwd.x_t)
+            with self.phases.timed("preview"):
+                found.append(
+                    crd_fast.group_members(
+                        self._predict_trained(fwd, prompts),
+                        fwd,
+                        old=old,
+                        advantages=step.advantages,
+                        group_ids=step.group_ids,
+                        sample_weights=step.weights,
+                        process_group=self.centering_group,
+                        config=self.loss_config,
+                    )
+                )
+        return crd_fast.GroupMembers.cat(found)
+
+    def _micro_step(
+        self, latents: Tensor, step: StepInputs, members: crd_fast.GroupMembers | None
+    ) -> crd_fast.CRDOutput:
+        fwd, prompts = self._noised(latents, step), self.conditioning[step.prompt_ids]
         with self.phases.timed("no_grad"):
             old, anchor = self.frozen.predict(fwd, prompts, step)
-        self._trained += len(x0)
-        with self.phases.timed("forward"), self._precision("train"):
-            f_theta = self.sets.predict(self.backbone, [(TRAINED, len(x0))], fwd.x_t, sigma, prompts)
+        self._trained += len(fwd.x_t)
+        with self.phases.timed("forward"):
+            f_theta = self._predict_trained(fwd, prompts)
         with self.phases.timed("loss"):
             return crd_fast.loss(
                 f_theta,
@@ -232,9 +263,18 @@ class Trainer:
                 group_ids=step.group_ids,
                 **anchor,
                 sample_weights=step.weights,
-                process_group=self.centering_group,
+                members=members,
+                process_group=self.centering_group if members is None else None,
                 config=self.loss_config,
             )
+
+    def _noised(self, latents: Tensor, step: StepInputs) -> crd_fast.Noised:
+        with self.phases.timed("noise"):
+            return crd_fast.noise(latents[step.rows], step.sigma, seed=self.recipe.run.seed, sample_ids=step.noise_ids)
+
+    def _predict_trained(self, fwd: crd_fast.Noised, prompts: Conditioning) -> Tensor:
+        with self._precision("train"):
+            return self.sets.predict(self.backbone, [(TRAINED, len(fwd.x_t))], fwd.x_t, fwd.sigma, prompts)
 
     def _precision(self, role: str) -> AbstractContextManager[None]:
         return self.prepared.precisions.use(role)
@@ -255,7 +295,7 @@ class Trainer:
 
     def _throughput(self, seconds: float) -> Row:
         """Arithmetic of this rank's updates a second, and its share of the device's peak where that is known."""
-        passes = self.frozen.predicted + self._trained * TRAINED_PASSES[self.recipe.train.parameters]
+        passes = self.frozen.predicted + self._previewed + self._trained * TRAINED_PASSES[self.recipe.train.parameters]
         achieved = passes * self.prepared.forward_flops / seconds
         peak = peak_flops(self.backbone.device)
         return {"tflops_per_second": achieved / 1e12} | ({} if peak is None else {"mfu": achieved / peak})
@@ -267,9 +307,9 @@ class Trainer:
         falling = (train.epochs - self.epoch) / max(train.cooldown, 1)
         return train.lr * min(1.0, rising, falling)
 
-    def _move_snapshots(self, epoch: int) -> Row:
+    def _move_snapshots(self) -> Row:
         snapshots = self.recipe.snapshots
-        decays = {OLD: snapshots.old.at(epoch), SAMPLING: snapshots.sampling.at(epoch)}
+        decays = {OLD: snapshots.old.at(self.step), SAMPLING: snapshots.sampling.at(self.step)}
         for slot, decay in decays.items():
             self.sets.update_snapshot(slot, decay)
         return {f"{slot}_decay": decay for slot, decay in decays.items()}

@@ -26,6 +26,30 @@ def losses(inputs, configs, start, stop, process_group=None):
     return results
 
 
+def losses_in_parts(inputs, configs, start, stop, process_group):
+    """`losses`, one sample a call, with the members of every rank's calls."""
+    results = []
+    for settings in configs:
+        rows = {name: tensor[start:stop] for name, tensor in inputs.items()}
+        f, ref = rows.pop("f_theta").requires_grad_(), rows.pop("ref")
+        config = crd_fast.CRDConfig(**settings)
+        parts = [{name: tensor[i : i + 1] for name, tensor in rows.items()} for i in range(stop - start)]
+        members = crd_fast.GroupMembers.cat(
+            [
+                crd_fast.group_members(f[i : i + 1], **part, process_group=process_group, config=config)
+                for i, part in enumerate(parts)
+            ]
+        )
+        loss, implicit = 0.0, []
+        for i, part in enumerate(parts):
+            out = crd_fast.loss(f[i : i + 1], **part, ref=ref[i : i + 1], members=members, config=config)
+            out.loss.sum().backward()
+            loss = loss + out.loss.detach().sum()
+            implicit.append(out.implicit_reward)
+        results.append((loss, f.grad, torch.cat(implicit)))
+    return results
+
+
 def main(rank: int, world: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo",
@@ -38,6 +62,8 @@ def main(rank: int, world: int, folder: Path) -> None:
     given = torch.load(folder / "inputs.pt")
     batch = len(given["inputs"]["f_theta"]) // world
     answer = {"together": losses(**given, start=rank * batch, stop=(rank + 1) * batch, process_group=dist.group.WORLD)}
+    parts = {"start": rank * batch, "stop": (rank + 1) * batch, "process_group": dist.group.WORLD}
+    answer["in_parts"] = losses_in_parts(**given, **parts)
     if rank == 0:
         answer["alone"] = losses(**given, start=0, stop=batch, process_group=first_alone)
     # the second rank has one sample more, the first one less

@@ -68,9 +68,10 @@ def answers(given, world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("index", range(len(CONFIGS)), ids=[str(config) for config in CONFIGS])
-def test_the_ranks_equal_one(given, answers, index):
+@pytest.mark.parametrize("how", ["together", "in_parts"])
+def test_the_ranks_equal_one(given, answers, index, how):
     loss, grad, implicit = rank_worker.losses(**given, start=0, stop=BATCH)[index]
-    pieces = [answer["together"][index] for answer in answers]
+    pieces = [answer[how][index] for answer in answers]
     torch.testing.assert_close(sum(piece[0] for piece in pieces), loss)
     torch.testing.assert_close(torch.cat([piece[1] for piece in pieces]), grad)
     torch.testing.assert_close(torch.cat([piece[2] for piece in pieces]), implicit)

@@ -91,6 +91,13 @@ def test_wrong_keys_and_values_say_what_is_right(tmp_path: Path, override: str, 
         load_recipe(file, [override])
 
 
+def test_what_can_never_train_is_refused_before_a_model_is_loaded() -> None:
+    with pytest.raises(ConfigError, match="advantage_scope is 'group' but algorithm.advantage_mode is 'gdpo'"):
+        build_recipe(LEAST | {"algorithm": {"advantage_mode": "gdpo", "advantage_scope": "group"}}, "x")
+    with pytest.raises(ConfigError, match="rewards jpeg_compressibility all have weight 0"):
+        build_recipe(LEAST | {"rewards": {"jpeg_compressibility": {"weight": 0}}}, "x")
+
+
 def test_no_clipping_is_an_infinite_norm() -> None:
     assert build_recipe(LEAST | {"train": {"max_grad_norm": "inf"}}, "x").train.max_grad_norm == float("inf")
 

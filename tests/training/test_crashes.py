@@ -115,3 +115,51 @@ def test_sigterm_to_a_job_saves_once_and_another_number_of_ranks_resumes(recipe:
     done = len(epochs(run))
     assert cli.main(["train", str(recipe), f"run.dir={run}", "--resume", f"train.epochs={done + 1}"]) == 0
     assert epochs(run) == list(range(done + 1))
+
+
+FAILING = """
+import os
+import torch
+
+class Failing:
+    calls = 0
+
+    def __call__(self, images, prompts, metadata):
+        self.calls += 1
+        if self.calls > {calls} and os.environ["RANK"] == "1":
+            raise {error}
+        return torch.arange(len(images)).float() / len(images)
+
+failing = Failing()
+"""
+
+
+@pytest.mark.parametrize("error", ["ValueError('no such colour')", "MemoryError('too large')"])
+def test_a_failure_beside_a_save_leaves_the_save_whole_and_ends_the_job(
+    recipe: Path, tmp_path: Path, error: str
+) -> None:
+    """One rank fails in the second epoch, while the threads of all ranks still write the first one's checkpoint."""
+    source = tmp_path / "failing.py"
+    source.write_text(FAILING.format(calls=2, error=error))  # the trial, and an epoch
+    run = tmp_path / "run"
+    rewards = json.dumps({"custom:failing": {"source": f"{source}:failing", "runs": "here", "weight": 1}})
+    worker = "tests/training/slow_save_worker.py"
+    arguments = ["train", str(recipe), f"run.dir={run}", "train.micro_batch=2", "rollout.batch=4"]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker, *arguments]
+        + ["rewards.jpeg_compressibility=null", f"rewards={rewards}"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = job.communicate(timeout=120)
+    finally:
+        job.kill()
+    assert job.returncode != 0
+    assert "no such colour" in output or "too large" in output, output
+    assert "could not be written" not in output and "lost the others at a checkpoint" not in output, output
+    assert epochs(run) == [0]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["epoch-000001"], output

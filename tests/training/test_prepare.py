@@ -11,7 +11,9 @@ import torch
 import yaml
 
 from crd_fast import cli
+from crd_fast.training.flops import TRAINED_PASSES
 from crd_fast.training.frozen import FrozenPredictions
+from crd_fast.training.trainer import Trainer
 from tests.pipelines import sd3
 
 
@@ -67,15 +69,41 @@ def test_what_a_pass_computes_does_not_change(
             assert row[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-6), name
 
 
-def test_the_micro_batch_changes_nothing_but_the_order_of_sums(
-    recipe: Path, plain: list[dict[str, Any]], tmp_path: Path
+def test_the_micro_batch_changes_nothing_but_the_order_of_sums(recipe: Path, tmp_path: Path) -> None:
+    """8 are two groups; 2 and 1 are parts of one, which are centered with the rest of their group."""
+    of = {
+        size: train(recipe, tmp_path / f"of-{size}", f"train.micro_batch={size}", "algorithm.kl_fraction=1")
+        for size in (4, 8, 2, 1)
+    }
+    whole = of.pop(4)
+    for size, (
+        row,
+        _,
+    ) in of.items():
+        for name in (set(LEARNED) | {"policy_loss"}) - {"implicit_reward_std"}:  # a spread within a micro-step
+            assert row[name] == pytest.approx(whole[0][name], rel=1e-5, abs=1e-9), (size, name)
+        assert row["singleton_groups"] == 0 and row["grad_norm"] > 0
+        assert ("preview" in row["seconds"]) == (size < 4), size
+
+
+@pytest.mark.parametrize(("micro_batch", "previewed"), [(4, 0), (2, 16)])
+def test_every_pass_is_counted_as_arithmetic(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int, previewed: int
 ) -> None:
-    whole = train(recipe, tmp_path / "whole", "train.micro_batch=8")
-    for name in set(LEARNED) - {"implicit_reward_std"}:  # a spread within a micro-step
-        assert whole[1][name] == pytest.approx(plain[1][name], rel=2e-3, abs=1e-6), name
-    # parts of a group are centered on their own, which is another estimate
-    parts = train(recipe, tmp_path / "parts", "train.micro_batch=2")
-    assert parts[1]["policy_loss"] != pytest.approx(plain[1]["policy_loss"], rel=1e-3)
+    """2 groups of 4 at 2 noise levels, of which half are anchored with guidance."""
+    seen = []
+    original = Trainer._throughput
+
+    def counting(trainer: Trainer, seconds: float) -> dict[str, Any]:
+        seen.append((trainer.frozen.predicted, trainer._previewed, trainer._trained))
+        row = original(trainer, seconds)
+        passes = 16 + 2 * 8 + previewed + 16 * TRAINED_PASSES["lora"]
+        assert row["tflops_per_second"] * 1e12 * seconds == pytest.approx(passes * trainer.prepared.forward_flops)
+        return row
+
+    monkeypatch.setattr(Trainer, "_throughput", counting)
+    train(recipe, tmp_path / "run", f"train.micro_batch={micro_batch}")
+    assert seen == [(16 + 2 * 8, previewed, 16)] * 2
 
 
 def test_nothing_is_compiled_after_the_first_epoch(recipe: Path, tmp_path: Path) -> None:
