@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--prompt", required=True, action="append", help="may be given several times")
     sample.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNGs (default: samples)")
     sample.add_argument("--count", type=int, default=1, help="images per prompt")
-    sample.add_argument("--steps", type=int, default=20)
+    sample.add_argument("--steps", type=int, help="default: 20, and one of what crd-fast didr trained")
+    _add_one_step(sample)
     sample.add_argument("--guidance-scale", type=float, default=None, help="as in the pipeline; default: none")
     sample.add_argument("--max-sequence-length", type=int, default=None, help="text tokens of a T5 encoder")
     sample.add_argument("--seed", type=int, default=0)
@@ -119,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--options", type=Path, metavar="FILE", help="YAML: a section of options for each reward")
     evaluate.add_argument("--guidance-scale", type=float, help="as in the pipeline; default: none")
     evaluate.add_argument("--steps", type=int)
+    _add_one_step(evaluate)
     evaluate.add_argument("--resolution", type=int, help="pixels")
     evaluate.add_argument("--max-sequence-length", type=int, help="text tokens of a T5 encoder")
     evaluate.add_argument("--images-per-prompt", type=int)
@@ -203,6 +205,17 @@ def _didr_sweep(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_one_step(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--one-step",
+        type=float,
+        nargs="?",
+        const=1.0,
+        metavar="SHARE",
+        help="of a one-step generator: where its step begins in the time range (default: 1, pure noise)",
+    )
+
+
 def _sample(options: argparse.Namespace) -> int:
     _need_training_extra()
     from crd_fast.sampling import sample_to_folder
@@ -219,6 +232,7 @@ def _sample(options: argparse.Namespace) -> int:
         max_sequence_length=options.max_sequence_length,
         seed=options.seed,
         device=options.device,
+        one_step=options.one_step,
     )
     try:
         for file in files:

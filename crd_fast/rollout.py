@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crd_fast.backbones.base import Backbone, Conditioning
+from crd_fast.errors import ConfigError
 from crd_fast.forward_process import noise
 
 # Stream of the draws that start a rollout; training draws count up from 0.
@@ -38,6 +40,17 @@ def initial_noise(backbone: Backbone, sample_ids: Tensor, seed: int) -> Tensor:
     return noise(zeros, ones, seed=seed, sample_ids=sample_ids.to(backbone.device), stream=ROLLOUT_STREAM).x_t
 
 
+def one_step(predict: Callable[[Tensor, Tensor], Tensor], backbone: Backbone, start: Tensor, share: float) -> Tensor:
+    """x0 = x_t - sigma v(x_t, sigma), in fp32: clean latents (N, *latent) of a one-step generator.
+
+    predict: (x_t, sigma (N,)) -> velocity. start: unit Gaussian. share: of the model's training time range, where the
+    step begins: 1 is pure noise. With graph where gradients are enabled.
+    """
+    sigma = float(backbone.sigma_at(torch.tensor(share)))
+    x_t = start.float() * backbone.one_step_scale(sigma)
+    return x_t - sigma * predict(x_t, torch.full((len(x_t),), sigma, device=x_t.device)).float()
+
+
 @torch.no_grad()
 def generate(
     backbone: Backbone,
@@ -50,8 +63,12 @@ def generate(
     unconditional: Conditioning | None = None,
     batch: int | None = None,
     on_batch: Callable[[int], None] | None = None,
+    start_share: float | None = None,
 ) -> Tensor:
     """Clean latents (N, *latent) from Gaussian `start`, in steps between the pipeline's own noise levels.
+
+    start_share: of a one-step generator, where its only step begins, see `one_step`; `steps` and `solver` are not used
+    then, and there is no guidance.
 
     guidance_scale: as the pipeline understands it; None, or the family's `unguided_scale`, uses the conditional
     velocity alone, otherwise `unconditional`, the embeddings of one empty prompt, is needed. solver: "euler", or
@@ -63,12 +80,21 @@ def generate(
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}: expected one of {', '.join(SOLVERS)}")
+    if start_share is not None:
+        if guidance_scale is not None:
+            raise ValueError(f"guidance_scale is {guidance_scale}: expected None, a one-step generator has no guidance")
+        return _in_one_step(backbone, conditioning, start, start_share, batch or len(start), on_batch)
     scale = backbone.unguided_scale if guidance_scale is None else guidance_scale
     guided = backbone.is_guided(scale)
     if guided and unconditional is None:
         raise ValueError(f"guidance_scale is {scale}: give the unconditional embeddings, or leave guidance out")
     first = backbone.start_scale(steps)
     sigmas = backbone.rollout_sigmas(steps)
+    if not bool(sigmas.isfinite().all()):
+        raise ConfigError(
+            f"steps is {steps}, for which the scheduler of this {backbone.family} has no noise levels: use 2 or more, "
+            "or --one-step for a generator that takes one"
+        )
     size = batch or len(start)
     clean = torch.empty_like(start)
     for begin in range(0, len(start), size):
@@ -100,3 +126,25 @@ def _velocity(
     both = backbone.predict(torch.cat([x, x]), torch.full((2 * len(x),), sigma, device=x.device), prompts)
     unconditional, conditional = both.chunk(2)
     return backbone.guide(conditional, unconditional, guidance_scale)
+
+
+def _in_one_step(
+    backbone: Backbone,
+    conditioning: Conditioning,
+    start: Tensor,
+    share: float,
+    batch: int,
+    on_batch: Callable[[int], None] | None,
+) -> Tensor:
+    clean = []
+    for begin in range(0, len(start), batch):
+        rows = slice(begin, min(begin + batch, len(start)))
+        predict = functools.partial(_predict, backbone, conditioning[rows])
+        clean.append(one_step(predict, backbone, start[rows], share))
+        if on_batch is not None:
+            on_batch(rows.stop)
+    return torch.cat(clean)
+
+
+def _predict(backbone: Backbone, conditioning: Conditioning, x_t: Tensor, sigma: Tensor) -> Tensor:
+    return backbone.predict(x_t, sigma, conditioning)

@@ -11,6 +11,7 @@ import torch
 
 from crd_fast.backbones import LoadOptions
 from crd_fast.errors import ConfigError
+from crd_fast.evaluation.candidates import config_above, generator_of
 from crd_fast.evaluation.folders import open_folder
 from crd_fast.evaluation.models import load_model
 from crd_fast.evaluation.pictures import to_pixels
@@ -23,6 +24,7 @@ from crd_fast.snapshots import BASE, TRAINED
 from crd_fast.whole_files import write_whole
 
 BATCH = 16
+STEPS = 20
 
 
 def sample_to_folder(
@@ -33,22 +35,29 @@ def sample_to_folder(
     prompts: Sequence[str],
     out: Path,
     count: int,
-    steps: int,
+    steps: int | None,
     guidance_scale: float | None,
     max_sequence_length: int | None,
     seed: int,
     device: str | None,
+    one_step: float | None = None,
 ) -> Iterator[Path]:
     """Write `count` PNGs a prompt, animated ones of videos, to `out`, and yield each path once its file is there.
 
-    A seed gives the same again. transformer: see `evaluation.models.load_model`.
+    A seed gives the same again. transformer: see `evaluation.models.load_model`. steps: None is `STEPS`, and one of
+    what crd-fast didr trained, from where its run says. one_step: share of the time range where that begins.
 
     Raises ConfigError or CheckpointError for a model, LoRA, device or number that does not fit, and for a folder that
     cannot be written to or has such files; NonFiniteError for NaN pixels.
     """
     if count < 1:
         raise ConfigError(f"count is {count}: expected at least 1")
-    require_sampler(steps, guidance_scale, max_sequence_length, seed)
+    if one_step is not None and steps is not None:
+        raise ConfigError(f"--steps {steps} does not go with --one-step: leave one of them out")
+    if one_step is None and steps is None:
+        one_step = _start_of_run([lora, transformer])
+    steps = STEPS if steps is None else steps
+    require_sampler(steps, guidance_scale, max_sequence_length, seed, one_step)
     chosen = choose_device(device)
     adapter = None if lora is None else read_adapter(lora)
     files = _new_files(out, len(prompts) * count)
@@ -67,11 +76,21 @@ def sample_to_folder(
                 steps=steps,
                 guidance_scale=guidance_scale,
                 unconditional=embedded[:1],
+                start_share=one_step,
             )
             for index, latent in zip(ids.tolist(), latents.split(1), strict=True):
                 pictures = backbone.decode(latent)[0]  # (3, H, W), or (F, 3, H, W) of a video
                 _write(files[index], to_pixels(pictures if pictures.ndim == 4 else pictures[None]))
                 yield files[index]
+
+
+def _start_of_run(weights: Sequence[str | None]) -> float | None:
+    """Where the step of the one-step generator begins that a run of crd-fast didr trained; None for other weights."""
+    for path in weights:
+        generator = None if path is None or not Path(path).exists() else generator_of(config_above(Path(path) / "any"))
+        if generator is not None:
+            return generator.start
+    return None
 
 
 def _new_files(out: Path, number: int) -> list[Path]:

@@ -17,11 +17,17 @@ from crd_fast.didr.recipe import DIDRRecipe, dump_recipe
 from crd_fast.didr.report import write_report
 from crd_fast.didr.report_files import SWEEP
 from crd_fast.didr.trainer import DIDRTrainer, stage_two_config
-from crd_fast.errors import ConfigError, DataError
+from crd_fast.errors import ConfigError, DataError, RewardError
 from crd_fast.evaluation import shapes_suite
 from crd_fast.progress import Reporter
 from crd_fast.rewards import registry
-from crd_fast.rewards.base import DifferentiableReward, score_batch
+from crd_fast.rewards.base import (
+    BrokenRewardError,
+    DifferentiableReward,
+    PartialRewardError,
+    score_batch,
+    unknown_scores,
+)
 from crd_fast.rewards.custom import changed_code, code_digests
 from crd_fast.training.checkpoint import CheckpointStore
 from crd_fast.training.launch import Launch, Session, launch
@@ -96,8 +102,10 @@ class _Job:
         if recipe.decode.tiny is not None:
             with self.ranks.together("loading the tiny decoder"):
                 backbone.use_tiny_decoder(recipe.decode.tiny)
-        if recipe.decode.recompute:
-            (backbone.tiny_decoder or backbone.pipeline.vae).enable_gradient_checkpointing()
+        decoder = backbone.tiny_decoder or backbone.pipeline.vae
+        # where it cannot do that itself, the pass as a whole is computed again all the same
+        if recipe.decode.recompute and decoder._supports_gradient_checkpointing:
+            decoder.enable_gradient_checkpointing()
         self.networks = Networks.build(recipe, backbone, origin)
         stage_two_config(recipe, self.networks, beta=1.0)  # a setting that the model does not allow is better said now
         held_out = self.test_prompts.prompts if self.test_prompts is not None else ()
@@ -152,7 +160,8 @@ class _Job:
             return self.ranks.tell(json.loads(file.read_text())["beta"] if self.ranks.first else 0.0)
         chosen = shuffled_slice(len(self.prompts), algorithm.beta_prompts, 0, self.recipe.run.seed)
         ids = chosen.repeat_interleave(algorithm.beta_images).tolist()
-        images = self._paint("measuring beta", ids, self._painter(self.trained_on).many_steps)
+        painter, scale = self._painter(self.trained_on), algorithm.guidance_scale
+        images = self._paint("measuring beta", ids, lambda ids, done: painter.many_steps(ids, done, scale))
         with self.ranks.together("measuring beta"):
             scores = self._rewards(self.prompts, images, ids)
             deviation = scores.view(-1, algorithm.beta_images).std(1).mean().item()
@@ -194,7 +203,8 @@ class _Job:
             loop.restore()
         self.report.say(f"run directory {self.directory.path}")
         self._evaluate("before", lambda ids, done: self.painter.one_step(GENERATOR, ids, done))
-        self._evaluate("reference", self.painter.many_steps)
+        scale = recipe.evaluation.guidance_scale
+        self._evaluate("reference", lambda ids, done: self.painter.many_steps(ids, done, scale))
         loop.run()
         if train.towards_start:
             self.networks.own.towards_base(EMA, train.towards_start)
@@ -261,14 +271,37 @@ class _Job:
             found = shapes_suite.score(images, self.shown, images=settings.images, seed=self.recipe.run.seed)
             able = [i for i, prompt_id in enumerate(ids) if self.reward is not None and self._can_score(prompt_id)]
             if self.reward is not None and able:
-                rewards = self._rewards(self.shown, images[able], [ids[i] for i in able])
-                found.summary[self.reward.name] = rewards.mean().item()
+                rewards, failed = self._rewards_or_reasons(images[able], [ids[i] for i in able])
+                found.summary.update(self._mean(rewards, failed))
             return {"summary": found.summary, "passed": found.passed, "prompt_ids": found.prompt_ids}
         if self.reward is None:
             return {"summary": {"n": len(ids)}, "passed": [None] * len(ids), "prompt_ids": ids}
-        scores = self._rewards(self.shown, images, ids)
-        summary = {"n": len(ids), self.reward.name: scores.mean().item()}
-        return {"summary": summary, "passed": scores.tolist(), "prompt_ids": ids}
+        rewards, failed = self._rewards_or_reasons(images, ids)
+        scores = [None if row in failed else value for row, value in enumerate(rewards.tolist())]
+        return {"summary": {"n": len(ids)} | self._mean(rewards, failed), "passed": scores, "prompt_ids": ids}
+
+    def _mean(self, rewards: torch.Tensor, failed: dict[int, str]) -> dict[str, Any]:
+        """For a summary: the mean of a side's rewards, or why there is none, as some of its images have no score."""
+        assert self.reward is not None
+        name = self.reward.name
+        if not failed:
+            return {name: rewards.mean().item()}
+        reason = f"{len(failed)} of {len(rewards)} images have no score: {next(iter(failed.values()))}"
+        self.report.say(f"{name}: {reason}")
+        return {name: None, f"{name}_failed": reason}
+
+    def _rewards_or_reasons(self, images: torch.Tensor, ids: list[int]) -> tuple[torch.Tensor, dict[int, str]]:
+        """The training reward (N,) of shown prompts, and for each image without one why: a trained run is not lost for
+        it. An error in a reward's own code is raised."""
+        assert self.reward is not None
+        try:
+            return self._rewards(self.shown, images, ids), {}
+        except BrokenRewardError:
+            raise
+        except PartialRewardError as error:
+            return error.scores[self.reward.name], error.failures
+        except RewardError as error:
+            return unknown_scores(len(ids)), dict.fromkeys(range(len(ids)), str(error))
 
     def _can_score(self, prompt_id: int) -> bool:
         """Whether the training reward can score images of a prompt; a suite's signs have no shapes to judge."""

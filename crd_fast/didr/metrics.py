@@ -14,7 +14,15 @@ from crd_fast.ranks import Ranks
 
 Row = dict[str, Any]
 THIRDS = ("early", "middle", "late")  # of the training time range
-SAMPLE = ("share", "loss", "gap", "correction", "nonfinite", "reward")  # what is kept of a sample of Stage II
+SAMPLE = (
+    "share",
+    "loss",
+    "gap",
+    "correction",
+    "nonfinite",
+    "reward",
+    "distance",
+)  # what is kept of a sample of Stage II
 
 
 class EpochLog:
@@ -41,6 +49,7 @@ class EpochLog:
             "correction": generator.correction,
             "nonfinite": generator.zeroed,
             "reward": reward,
+            "distance": torch.full_like(generator.gap, math.nan) if out.distance is None else out.distance,
         }
         self.samples.append(torch.stack([values[name].to(torch.float64) for name in SAMPLE], dim=1))
 
@@ -66,6 +75,8 @@ class EpochLog:
             "gap": _rms(columns["gap"]),
             "nonfinite": int(columns["nonfinite"].sum()),
         }
+        if columns["distance"].isfinite().all():
+            row["start_distance"] = columns["distance"].mean().item()
         rewarded = columns["reward"].isfinite()
         if rewarded.any():
             columns, third = {name: values[rewarded] for name, values in columns.items()}, third[rewarded]

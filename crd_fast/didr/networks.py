@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from crd_fast.acceleration.compilation import CompileCounter
@@ -18,10 +17,12 @@ from crd_fast.errors import ConfigError
 from crd_fast.full_finetuning import FullCopies
 from crd_fast.lora import LoRABank
 from crd_fast.lora_file import read_adapter
-from crd_fast.snapshots import ParameterSets
+from crd_fast.rollout import one_step
+from crd_fast.snapshots import BASE, ParameterSets
 from crd_fast.training.prepare import accelerate, modules_of
 
 GENERATOR, EMA, TA = "generator", "ema", "ta"
+START = "start"  # the generator's frozen model, as it began
 
 
 class Networks:
@@ -70,15 +71,15 @@ class Networks:
 
     def sets_of(self, slot: str) -> ParameterSets:
         """The parameter sets that a slot belongs to."""
-        return self.own if slot in (GENERATOR, EMA) else self.sets
+        return self.own if slot in (GENERATOR, EMA, START) else self.sets
 
     def backbone_of(self, slot: str) -> Backbone:
         """The backbone that a slot runs on."""
-        return self.origin if slot in (GENERATOR, EMA) else self.backbone
+        return self.origin if slot in (GENERATOR, EMA, START) else self.backbone
 
     def predict(self, slot: str, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity (B, *latent) of one slot, in fp32."""
-        rows = [(slot, len(x_t))]
+        rows = [(BASE if slot == START else slot, len(x_t))]
         return self.sets_of(slot).predict(self.backbone_of(slot), rows, x_t, sigma, conditioning).float()
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
@@ -91,21 +92,18 @@ class Networks:
 
 
 class OneStep:
-    """x0 = x_t - sigma v(x_t, sigma), from noise to a clean sample in one step of a slot.
+    """From noise to a clean sample in one step of a slot, see `rollout.one_step`.
 
     start: share of the training time range, see `GeneratorSettings`.
     """
 
     def __init__(self, networks: Networks, start: float) -> None:
-        self.networks = networks
-        self.sigma = float(networks.origin.sigma_at(torch.tensor(start)))
-        self.scale = networks.origin.one_step_scale(self.sigma)
+        self.networks, self.start = networks, start
 
     def sample(self, slot: str, z: Tensor, conditioning: Conditioning) -> Tensor:
         """Clean latents (B, *latent) in fp32 of unit Gaussian z, with graph where gradients are enabled."""
-        x_t = z.float() * self.scale
-        sigma = torch.full((len(z),), self.sigma, device=z.device)
-        return x_t - self.sigma * self.networks.predict(slot, x_t, sigma, conditioning)
+        networks = self.networks
+        return one_step(lambda x, t: networks.predict(slot, x, t, conditioning), networks.origin, z, self.start)
 
 
 def _sets(recipe: DIDRRecipe, backbone: Backbone, slots: Sequence[str], trained: Sequence[str]) -> ParameterSets:

@@ -50,7 +50,7 @@ class Painter:
             advance(min(begin + size, len(start)))
         return self._finish(torch.cat(pieces), len(prompt_ids))
 
-    def many_steps(self, prompt_ids: list[int], advance: Advance) -> Tensor:
+    def many_steps(self, prompt_ids: list[int], advance: Advance, guidance_scale: float | None) -> Tensor:
         """Images (N, 3, H, W) of the frozen reference, as its own pipeline samples."""
         settings, networks = self.recipe.evaluation, self.networks
         start, prompts = self._begin(prompt_ids)
@@ -60,7 +60,7 @@ class Painter:
                 prompts,
                 start,
                 steps=settings.steps,
-                guidance_scale=settings.guidance_scale,
+                guidance_scale=guidance_scale,
                 unconditional=self.unconditional,
                 batch=settings.batch,
                 on_batch=advance,

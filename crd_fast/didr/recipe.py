@@ -80,8 +80,8 @@ class AlgorithmSettings:
     beta: temperature of the reward; None takes `beta_share` of the reward's standard deviation among images of one
     prompt, measured on the reference's images of `beta_prompts` prompts, `beta_images` of each.
     guidance_scale: of the reference, as the family's pipeline understands it.
-    weighting, reward_at, guided_estimate, late_steps, max_correction: as in `DIDRConfig`. split, low, high: shares of
-    the training time range.
+    weighting, reward_at, guided_estimate, late_steps, max_correction, anchor: as in `DIDRConfig`. split, low, high:
+    shares of the training time range.
     reward_until: share of the time range above which the reward is left out, and nothing decoded for it: what a
     sample shows is not settled there, so the reward's gradient is more noise than signal. The endpoint's reward knows
     no time and is never left out.
@@ -100,6 +100,7 @@ class AlgorithmSettings:
     split: float = 0.4
     late_steps: int = 2
     max_correction: float | None = None
+    anchor: float = 0.0
     reward_until: float = 1.0
     curvature: float = 0.0
     variance: float = 1.0
@@ -139,6 +140,7 @@ class AlgorithmSettings:
             split=split,
             late_steps=self.late_steps,
             max_correction=self.max_correction,
+            anchor=self.anchor,
         )
 
 
@@ -302,6 +304,11 @@ class DIDRRecipe:
             raise ConfigError(
                 f"train.towards_start is {self.train.towards_start} but generator.lora is {self.generator.lora!r}: the "
                 "way to an adapter is no adapter of the same rank. Merge it into the model first, or leave it at 0"
+            )
+        if self.generator.lora is not None and self.algorithm.anchor:
+            raise ConfigError(
+                f"algorithm.anchor is {self.algorithm.anchor} but generator.lora is {self.generator.lora!r}: the start "
+                "is kept as a model without an adapter. Merge it into the model first, or leave the anchor at 0"
             )
         if self.evaluation.suite is not None and self.data.test_prompts is None:
             raise ConfigError("evaluation.suite is set but data.test_prompts is not: name the held-out prompts")

@@ -128,7 +128,8 @@ def _tiles(found: DIDRRun) -> str:
     def compared(title: str, key: str, text: str) -> tuple[str, str, str]:
         values = {side: run.side(side).get(key) for side in ONE_STEP}
         shown = change(values) if key != "frechet" else _distances(values)
-        notes = (_reference(found, key), note_of(run, key, SIDES, text))
+        why = next((run.side(side)[f"{key}_failed"] for side in SIDES if f"{key}_failed" in run.side(side)), "")
+        notes = (_reference(found, key), escape(str(why)) or note_of(run, key, SIDES, text))
         return title, shown, " · ".join(filter(None, notes))
 
     reward = (f"Reward, {escape(found.reward)}", found.reward, "mean over the images") if found.reward else None

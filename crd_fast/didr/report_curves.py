@@ -47,6 +47,11 @@ def training_curves(found: DIDRRun) -> str:
             for name in columns.names("reward")
         ),
         *corrections,
+        *(
+            [chart("Distance from the start", "of samples from the same noise", column("start_distance"))]
+            if any("start_distance" in row for row in run.epochs)
+            else []
+        ),
         chart("Gradient norm", "before clipping", *both("grad_norm")),
         chart("Skipped steps", "", *both("skipped_steps"), domain=(0.0, 1.0)),
         chart("Throughput", "samples per second", column("samples_per_second")),

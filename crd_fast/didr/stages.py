@@ -30,6 +30,7 @@ Generator = Callable[[Tensor], Tensor]
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x_t (B, *latent), t (B,)) -> prediction (B, *latent)."""
 REWARDS_AT = ("diffused", "endpoint")
+DISTANCE_FLOOR = 0.01
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class DIDRConfig:
         pass with graph. Unguided estimates are those of a wider distribution than the one that is tilted.
     split, late_steps: steps of the rewarded estimate are 1 below this share of the time range and this many above, see
         `proxy_steps`.
+    anchor: weight, >= 0, of the mean distance between the generator's samples and those that it made of the same noise
+        when it started, root mean square over a sample's elements. A divergence estimated by a TA that lags lets the
+        generator drift where nothing asks it to, towards fewer modes; the distance, which is not squared, lets few
+        samples change much and holds the others. Ours: the paper has none.
     max_correction: where (sigma^2/alpha) s_r of a sample is longer than this many times its x0_ta - x0_ref, it is
         shortened to that; None leaves it. Bounds the pull of a reward whose gradient is large at some times.
 
@@ -61,10 +66,11 @@ class DIDRConfig:
     split: float = 0.4
     late_steps: int = 2
     max_correction: float | None = None
+    anchor: float = 0.0
 
     def __post_init__(self) -> None:
         try:
-            for name in ("beta", "guidance_scale", "split"):
+            for name in ("beta", "guidance_scale", "split", "anchor"):
                 checks.require_finite_number(name, getattr(self, name))
             most = (
                 None
@@ -80,6 +86,7 @@ class DIDRConfig:
             ("split", 0 <= self.split <= 1, "a share of the time range in [0, 1]"),
             ("late_steps", isinstance(late, int) and not isinstance(late, bool) and late >= 1, "an int >= 1"),
             ("guided_estimate", isinstance(self.guided_estimate, bool), "true or false"),
+            ("anchor", self.anchor >= 0, "a number >= 0"),
             ("max_correction", most is None or most > 0, "a number > 0, or None"),
         ):
             if not fine:
@@ -98,12 +105,13 @@ class DIDRConfig:
 class StageTwoOutput:
     """loss: scalar; it carries the graph, everything else is detached. generator: the divergence's part of it, with its
     metrics. reward: with its score, of the reference's estimates, or of x0 for "endpoint"; None without a reward.
-    x0 (B, *latent): the generator's samples."""
+    x0 (B, *latent): the generator's samples. distance (B,): from the start's, None without an anchor."""
 
     loss: Tensor
     generator: GeneratorOutput
     reward: DiffusedReward | None
     x0: Tensor
+    distance: Tensor | None = None
 
 
 def stage_one(
@@ -161,6 +169,7 @@ def stage_two(
     unconditional: Predict | None = None,
     damping: Damping | None = None,
     rewarded: Tensor | None = None,
+    start: Generator | None = None,
 ) -> StageTwoOutput:
     """Stage II: the generator's loss. Gradients flow to the generator alone.
 
@@ -178,15 +187,19 @@ def stage_two(
         damping: of the reward's score, see `diffused_reward`.
         rewarded: bool (B,) on the CPU, the samples that have a reward, which is called with these alone; None is all.
             The others learn the reference as it is, and their reward is told as NaN.
+        start: the generator as it started, called without graph where config.anchor is not 0.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, or no unconditional prediction where it is needed.
+        ValueError: a shape, dtype or device that does not fit, or no unconditional prediction or no `start` where it is
+            needed.
     """
     if unconditional is None and config.guidance_scale != 1.0:
         raise ValueError(
             f"unconditional: expected the reference's prediction for the empty prompt because guidance_scale is "
             f"{config.guidance_scale}, got None"
         )
+    if start is None and config.anchor != 0:
+        raise ValueError(f"start: expected the generator as it started because anchor is {config.anchor}, got None")
     steps = proxy_steps(t, schedule, split=config.split, late=config.late_steps)
     if rewarded is not None:
         checks.require_per_sample("rewarded", rewarded, len(t), torch.device("cpu"), dtypes=(torch.bool,))
@@ -243,10 +256,25 @@ def stage_two(
         zeroed = torch.maximum(out.zeroed, nonfinite)
         out = dataclasses.replace(out, zeroed=zeroed, metrics=out.metrics | {"nonfinite": zeroed.sum()})
         loss = loss + pull
+    distance = None
+    if start is not None and config.anchor != 0:
+        distance = _distance(x0, start, z)
+        loss = loss + config.anchor * distance.mean()
+        distance = distance.detach()
     if found is not None and rewarded is not None:
         told = torch.where(rewarded.to(found.reward.device), found.reward, torch.nan)
         found = dataclasses.replace(found, reward=told)
-    return StageTwoOutput(loss=loss, generator=out, reward=found, x0=x0.detach())
+    return StageTwoOutput(loss=loss, generator=out, reward=found, x0=x0.detach(), distance=distance)
+
+
+def _distance(x0: Tensor, start: Generator, z: Tensor) -> Tensor:
+    """(B,) root mean square of x0 minus what the start makes of z, at least `DISTANCE_FLOOR`, where its slope falls to
+    0. Elements that are not finite are no distance."""
+    with torch.no_grad():
+        origin = start(z)
+    difference = x0 - checks.require_like("start(z)", origin, "x0", x0).to(x0.dtype)
+    difference = torch.where(difference.isfinite(), difference, 0.0)
+    return (difference.square().flatten(1).mean(1) + DISTANCE_FLOOR**2).sqrt()
 
 
 def _reward_of_some(reward: Reward, rewarded: Tensor, batch: int) -> Reward | None:

@@ -28,7 +28,7 @@ from crd_fast.data.prompts import PromptSet
 from crd_fast.didr.diffused_reward import GaussianDamping
 from crd_fast.didr.draws import Draw, draw_step
 from crd_fast.didr.metrics import EpochLog, Row
-from crd_fast.didr.networks import EMA, GENERATOR, TA, Networks, OneStep
+from crd_fast.didr.networks import EMA, GENERATOR, START, TA, Networks, OneStep
 from crd_fast.didr.recipe import DIDRRecipe
 from crd_fast.didr.stages import DIDRConfig, Predict, StageTwoOutput, stage_one, stage_two
 from crd_fast.didr.ta import TAOutput
@@ -232,6 +232,7 @@ class DIDRTrainer:
             unconditional=lambda x, t: self.networks.predict(BASE, x, t, unconditional),
             damping=self.damping,
             rewarded=rewarded,
+            start=lambda z: self.generator.sample(START, z, draw.conditioning),
         )
 
     def _rewarded(self, draw: Draw) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from crd_fast.errors import CheckpointError, ConfigError
-from crd_fast.lora_file import WEIGHTS
+from crd_fast.lora_file import WEIGHTS, find_adapter
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,43 @@ def run_config(folder: Path) -> dict[str, Any]:
     return tree
 
 
-def run_candidates(run: Path, base: str, out: Path, which: str) -> tuple[Candidate, ...]:
+@dataclass(frozen=True)
+class OneStepGenerator:
+    """What a run of crd-fast didr trained. path: of its model where that is not the run's `model.path`; start: share of
+    the time range where its step begins.
+    """
+
+    path: str | None
+    start: float
+
+
+def generator_of(config: dict[str, Any]) -> OneStepGenerator | None:
+    """Of a run's config.yaml; None where the run trained no one-step generator."""
+    settings = config.get("generator")
+    if not isinstance(settings, dict):
+        return None
+    return OneStepGenerator(settings.get("path"), float(settings.get("start", 1.0)))
+
+
+def generator_adapter(config: dict[str, Any]) -> Path | None:
+    """The adapter that a one-step generator started from."""
+    lora = (config.get("generator") or {}).get("lora")
+    return None if lora is None else find_adapter(lora)
+
+
+def run_candidates(
+    run: Path, base: str, out: Path, which: str, started_from: Path | None = None
+) -> tuple[Candidate, ...]:
     """The base, the run's checkpoints where `which` is "all", and its final LoRA, with folders under `out`.
 
-    base: the model that the run started from. A last checkpoint that is equal to the final LoRA is left out.
+    base: the model that the run started from, with the adapter `started_from` where there was one. A last checkpoint
+    that is equal to the final LoRA is left out.
 
     Raises CheckpointError for a run without adapters.
     """
     if which not in ("final", "all"):
         raise ConfigError(f"--checkpoints is {which!r}: expected 'final' or 'all'")
-    found = [Candidate("base", out / "base", None, 0)]
+    found = [Candidate("base" if started_from is None else "start", out / "base", started_from, 0)]
     final = run / "lora" / WEIGHTS
     last = Candidate("final", out / "final", final, _epochs(run)) if final.is_file() else None
     if which == "all":
@@ -85,13 +112,13 @@ def trained_rewards(weights: Iterable[Path], config: dict[str, Any] | None) -> f
 
     "remote:ocr" is OCR, wherever it was computed. A DIDR run has one reward, under `reward`.
     """
-    configs = [config or {}, *(_config_above(path) for path in weights)]
+    configs = [config or {}, *(config_above(path) for path in weights)]
     names = [str(name) for tree in configs for name in tree.get("rewards") or {}]
     names += [str(tree["reward"]["name"]) for tree in configs if tree.get("reward")]
     return frozenset(name.partition(":")[2] if name.startswith(_REMOTE) else name for name in names)
 
 
-def _config_above(path: Path) -> dict[str, Any]:
+def config_above(path: Path) -> dict[str, Any]:
     """Of the run directory that weights lie in, also those of a checkpoint; empty where they lie in none."""
     for folder in path.resolve().parents[:3]:
         if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():

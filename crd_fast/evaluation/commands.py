@@ -13,7 +13,14 @@ import torch
 
 from crd_fast.errors import ConfigError, RewardError, nearest
 from crd_fast.evaluation import suites
-from crd_fast.evaluation.candidates import Candidate, run_candidates, run_config, trained_rewards
+from crd_fast.evaluation.candidates import (
+    Candidate,
+    generator_adapter,
+    generator_of,
+    run_candidates,
+    run_config,
+    trained_rewards,
+)
 from crd_fast.evaluation.evaluate import evaluate
 from crd_fast.evaluation.models import find_transformer
 from crd_fast.evaluation.scoring import build_options, folder_prompts, score_files, version_of
@@ -101,7 +108,7 @@ def _evaluation(options: argparse.Namespace) -> Evaluation:
     scorers = tuple(_names(options.scorers)) if options.scorers else suite.scorers
     out = options.out or (run / f"eval-{suite.name}" if run is not None else Path("evaluations") / suite.name)
     if run is not None:
-        candidates = run_candidates(run, settings.model, out, options.checkpoints)
+        candidates = run_candidates(run, settings.model, out, options.checkpoints, generator_adapter(config or {}))
     else:
         candidates = (_candidate(options, out),)
     weights = [] if run is not None else [candidate.lora for candidate in candidates if candidate.lora is not None]
@@ -135,26 +142,39 @@ def _settings(options: argparse.Namespace, suite: suites.Suite, config: dict[str
     if not shapes and options.images_per_task is not None:
         raise ConfigError(f"suite {suite.name} counts its images by prompt: give --images-per-prompt")
     model = config.get("model") or {}
+    generator = generator_of(config)
+    start_share = first(options.one_step, None if generator is None else generator.start)
+    if start_share is not None:
+        for name in ("steps", "guidance_scale"):
+            if getattr(options, name) is not None:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} does not go with one-step generators, such as those of crd-fast didr"
+                )
     held_out = (config.get("evaluation") or {}) if shapes else {}
     on_gpu = (options.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
 
-    def first(*values: Any) -> Any:
-        return next((value for value in values if value is not None), None)
-
     images = options.images_per_task if shapes else options.images_per_prompt
     return Settings(
-        model=first(options.model, model.get("path")),
-        steps=first(options.steps, held_out.get("steps"), suite.steps),
+        model=first(options.model, None if generator is None else generator.path, model.get("path")),
+        steps=1 if start_share is not None else first(options.steps, held_out.get("steps"), suite.steps),
         images=first(images, held_out.get("images"), suite.images),
         transformer=options.transformer,
-        guidance_scale=first(options.guidance_scale, held_out.get("guidance_scale")),
+        guidance_scale=None
+        if start_share is not None
+        else first(options.guidance_scale, held_out.get("guidance_scale")),
         resolution=first(options.resolution, model.get("resolution"), suite.resolution),
         max_sequence_length=first(options.max_sequence_length, model.get("max_sequence_length")),
         distilled_guidance=model.get("distilled_guidance"),
         batch=first(options.batch, held_out.get("batch"), 64 if shapes else 16),
         seed=first(options.seed, (config.get("run") or {}).get("seed") if shapes else None, 0),
         dtype=first(options.dtype, (config.get("precision") or {}).get("dtype"), "bf16" if on_gpu else "fp32"),
+        start_share=start_share,
     )
+
+
+def first(*values: Any) -> Any:
+    """The first that is given."""
+    return next((value for value in values if value is not None), None)
 
 
 def _sections(file: Path | None, names: Sequence[str]) -> dict[str, dict[str, Any]]:

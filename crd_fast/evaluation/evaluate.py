@@ -127,6 +127,7 @@ class _Job:
             steps=settings.steps,
             guidance_scale=settings.guidance_scale,
             seed=settings.seed,
+            start_share=settings.start_share,
         )
         total = sum(len(batch) for batch in self.mine)
         for candidate in waiting:

@@ -50,9 +50,9 @@ def has_all(folder: Path, items: Sequence[Item]) -> bool:
 class Images:
     """Makes one rank's share of a suite's images, with one model and adapters of one shape.
 
-    adapted: one of the adapters, as `lora_file.read_adapter` gives it; None where there is none. steps, guidance_scale:
-    of the sampler, see `rollout.generate`. batch: images at a time. seed: with an item's sample id, all that its noise
-    depends on. The text encoders are freed once the prompts are embedded.
+    adapted: one of the adapters, as `lora_file.read_adapter` gives it; None where there is none. steps, guidance_scale,
+    start_share: of the sampler, see `rollout.generate`. batch: images at a time. seed: with an item's sample id, all
+    that its noise depends on. The text encoders are freed once the prompts are embedded.
 
     Raises ConfigError for a model of videos.
     """
@@ -67,11 +67,12 @@ class Images:
         steps: int,
         guidance_scale: float | None,
         seed: int,
+        start_share: float | None = None,
     ) -> None:
         if backbone.frames is not None:
             raise ConfigError(f"{backbone.family} makes videos, and the suites score images: give another model")
         self._backbone, self._batches = backbone, mine
-        self._steps, self._guidance, self._seed = steps, guidance_scale, seed
+        self._steps, self._guidance, self._seed, self._start_share = steps, guidance_scale, seed, start_share
         self._embedded = _embed(backbone, prompts, mine)
         backbone.release_text_encoders()
         self._bank = LoRABank.like(backbone.transformer, adapted, backbone.lora_targets)
@@ -100,6 +101,7 @@ class Images:
             steps=self._steps,
             guidance_scale=self._guidance,
             unconditional=self._conditioning([0]),
+            start_share=self._start_share,
         )
         for start in range(0, len(batch), DECODE_BATCH):
             rows = slice(start, start + DECODE_BATCH)

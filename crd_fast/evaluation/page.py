@@ -77,7 +77,10 @@ def _settings(evaluation: Evaluation) -> str:
     guidance = "no guidance" if settings.guidance_scale is None else f"guidance {settings.guidance_scale:g}"
     size = f"{settings.resolution} pixels" if settings.resolution else "the model's own size"
     model = f"{settings.model} with {settings.transformer}" if settings.transformer else settings.model
-    return f"{model} · {settings.steps} steps · {guidance} · {size} · {settings.dtype} · seed {settings.seed}"
+    steps = f"{settings.steps} steps · {guidance}"
+    if settings.start_share is not None:
+        steps = "one step" if settings.start_share == 1 else f"one step from {settings.start_share:g}"
+    return f"{model} · {steps} · {size} · {settings.dtype} · seed {settings.seed}"
 
 
 def _hacking(evaluation: Evaluation, summaries: Sequence[Row], plot: Path | None) -> str:

@@ -25,7 +25,7 @@ class Settings:
 
     max_sequence_length, resolution, distilled_guidance: as in `LoadOptions`. guidance_scale: as the family's pipeline
     understands it; None is none. batch: images at a time, which can change their last bit. transformer: in place of
-    the model's own, see `models.load_model`.
+    the model's own, see `models.load_model`. start_share: of a one-step generator, see `rollout.generate`.
     """
 
     model: str
@@ -39,23 +39,34 @@ class Settings:
     batch: int = 64
     seed: int = 0
     dtype: str = "fp32"
+    start_share: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("images", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: expected at least 1")
-        require_sampler(self.steps, self.guidance_scale, self.max_sequence_length, self.seed)
+        require_sampler(self.steps, self.guidance_scale, self.max_sequence_length, self.seed, self.start_share)
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}: expected one of {', '.join(DTYPES)}")
 
 
-def require_sampler(steps: int, guidance_scale: float | None, max_sequence_length: int | None, seed: int) -> None:
+def require_sampler(
+    steps: int,
+    guidance_scale: float | None,
+    max_sequence_length: int | None,
+    seed: int,
+    start_share: float | None = None,
+) -> None:
     """Raises ConfigError for the first number that no model can sample with; None is one unset."""
     for name, value in (("steps", steps), ("max_sequence_length", max_sequence_length)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}: expected at least 1")
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise ConfigError(f"guidance_scale is {guidance_scale}: expected a finite number")
+    if start_share is not None and not 0 < start_share <= 1:
+        raise ConfigError(f"one step from {start_share}: expected a share of the time range in (0, 1], 1 is pure noise")
+    if start_share is not None and guidance_scale is not None:
+        raise ConfigError(f"guidance_scale is {guidance_scale}, but a one-step generator has no guidance: leave it out")
     if not 0 <= seed < SEED_LIMIT:
         raise ConfigError(f"seed is {seed}: expected 0 or more, and less than 2**64")
 

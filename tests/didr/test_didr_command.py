@@ -11,19 +11,33 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from crd_fast import cli
 from crd_fast.didr import trainer as trainer_module
 from crd_fast.didr.pictures import Painter
 from crd_fast.didr.recipe import load_recipe
 from crd_fast.errors import ConfigError
+from crd_fast.evaluation import suites
 from crd_fast.evaluation.pictures import read_image
 from crd_fast.evaluation.shapes_suite import FIRST_SAMPLE_ID
 from crd_fast.rollout import initial_noise
 from crd_fast.training.models import load_backbone
 from tests import pipelines
-from tests.didr.tiny import ADAPTER, MODEL, PROMPTS, START, didr, make_recipe, make_world, rows
+from tests.didr.tiny import (
+    ADAPTER,
+    MODEL,
+    PROMPTS,
+    START,
+    didr,
+    make_recipe,
+    make_world,
+    recipe_tree,
+    rows,
+    save_pipeline,
+)
 
 FAMILIES = tuple(MODEL)
 
@@ -271,7 +285,7 @@ def test_where_beta_cannot_be_measured_it_can_be_set(
     """In the same directory."""
     run = tmp_path / "run"
     with monkeypatch.context() as alike:
-        alike.setattr(Painter, "many_steps", lambda self, ids, advance: torch.full((len(ids), 3, 64, 64), 0.5))
+        alike.setattr(Painter, "many_steps", lambda self, ids, *_: torch.full((len(ids), 3, 64, 64), 0.5))
         didr(world / "sd3.yaml", f"run.dir={run}", *MEASURED, code=2)
     assert "algorithm.beta cannot be measured: clipscore is the same" in capsys.readouterr().err
     didr(world / "sd3.yaml", f"run.dir={run}", *MEASURED, "algorithm.beta=0.05")
@@ -300,6 +314,108 @@ def test_an_adapter_is_no_start_to_go_back_to(world: Path, finished: dict[str, P
         load_recipe(world / "sd3.yaml", [lora, "train.towards_start=0.5"])
 
 
+def test_an_adapter_is_no_start_to_be_anchored_at(world: Path, finished: dict[str, Path]) -> None:
+    lora = f"generator.lora={finished['sd3'] / 'lora'}"
+    with pytest.raises(ConfigError, match=r"algorithm.anchor is 0.1 but generator.lora is .*Merge it into the model"):
+        load_recipe(world / "sd3.yaml", [lora, "algorithm.anchor=0.1"])
+
+
+UNSCORED = """
+import torch
+seen = [0]
+
+def picky(images, prompts, metadata):
+    seen[0] += len(images)
+    scores = images.mean((1, 2, 3))
+    return torch.where(torch.arange(len(scores)) == 1, torch.nan, scores) if len(scores) == 4 else scores
+
+picky.differentiable = True
+"""
+
+
+def test_an_image_without_a_score_costs_its_side_the_mean_and_not_the_run(world: Path, tmp_path: Path) -> None:
+    """The custom reward has no number for the second of the four images of an evaluation."""
+    source = tmp_path / "picky.py"
+    source.write_text(UNSCORED)
+    run = tmp_path / "run"
+    reward = json.dumps({"name": "custom:picky", "options": {"source": f"{source}:picky"}})
+    didr(world / "sd3.yaml", f"run.dir={run}", f"reward={reward}", "train.epochs=1")
+    summary = json.loads((run / "summary.json").read_text())
+    for side in ("before", "reference", "after"):
+        assert summary[side]["custom:picky"] is None
+        assert summary[side]["custom:picky_failed"].startswith("1 of 4 images have no score")
+        passed = json.loads((run / f"evaluation_{side}.json").read_text())["passed"]
+        assert [value is None for value in passed] == [False, True, False, False]
+    assert "1 of 4 images have no score" in (run / "report.html").read_text()
+
+
+def test_an_autoencoder_that_cannot_recompute_itself(tmp_path: Path) -> None:
+    """Qwen-Image's; the default asks for it, and its scheduler has no noise levels for one step."""
+    folder = save_pipeline("qwen_image", tmp_path / "qwen")
+    (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    tree = recipe_tree("sd3", folder, tmp_path / "prompts.txt", epochs=1, steps=1)
+    tree["model"] = {"path": str(folder), "max_sequence_length": 24, "resolution": 64}
+    tree["reward"] = {"name": "custom:red", "options": {"source": f"{__file__}:red"}}
+    tree["algorithm"]["guidance_scale"] = 1.0
+    (tmp_path / "qwen.yaml").write_text(yaml.safe_dump(tree))
+    run = tmp_path / "run"
+    didr(tmp_path / "qwen.yaml", f"run.dir={run}", "decode.recompute=true")
+    assert rows(run)[0]["grad_norm"]["generator"] > 0
+    assert_sampled(run, folder, tmp_path, "--max-sequence-length", "24")
+
+
+def assert_sampled(run: Path, model: Path, tmp_path: Path, *more: str) -> None:
+    """`crd-fast sample` of a run draws in one step, unless it is told otherwise."""
+    words = ["sample", "--model", str(model), "--lora", str(run), "--prompt", PROMPTS[0], "--device", "cpu", *more]
+    outs = {name: tmp_path / name for name in ("told", "found")}
+    assert cli.main([*words, "--out", str(outs["found"])]) == 0
+    assert cli.main([*words, "--out", str(outs["told"]), "--one-step"]) == 0
+    assert (outs["found"] / "00000.png").read_bytes() == (outs["told"] / "00000.png").read_bytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eval_of_a_run_draws_its_generator_in_one_step(
+    family: str, world: Path, finished: dict[str, Path], tmp_path: Path
+) -> None:
+    """What users of diffusers get from one step of the same noise."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[family], run)
+    (tmp_path / "drawbench.txt").write_text(f"{PROMPTS[1]}\n")
+    words = ["eval", "--run", str(run), "--suite", "drawbench", "--prompts", str(tmp_path / "drawbench.txt")]
+    words += ["--scorers", "jpeg_compressibility", "--images-per-prompt", "1", "--device", "cpu"]
+    words += ["--resolution", "64"]
+    assert cli.main(words) == 0
+    settings = json.loads((run / "eval-drawbench" / "final" / "settings.json").read_text())
+    assert settings["steps"] == 1 and settings["start_share"] == START[family] and settings["guidance_scale"] is None
+    drawn, base = (
+        read_image(run / "eval-drawbench" / label / "00000" / "samples" / "00000.png") for label in ("final", "base")
+    )
+    assert (drawn - base).abs().max() > 2 / 255, "the adapter does nothing"
+    prompts = suites.suite_prompts(suites.suite_named("drawbench"), str(tmp_path / "drawbench.txt"))
+    (item,) = suites.plan(suites.suite_named("drawbench"), prompts, 1, 0)
+    backbone = load_backbone(make_recipe(family, world / family).model, "fp32", torch.device("cpu"))
+    start = initial_noise(backbone, torch.tensor([item.sample_id] * len(PROMPTS)), 0)
+    for lora, image in ((None, base), (run / "lora", drawn)):
+        assert (one_step(family, world / family, lora, start)[1] - image).abs().max() <= 1.01 / 255
+
+
+def test_eval_takes_the_generators_own_model(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = pipelines.family("sd3").save(tmp_path / "other", seed=1)
+    run = tmp_path / "run"
+    didr(world / "sd3.yaml", f"run.dir={run}", f"generator.path={other}", "train.epochs=1")
+    (tmp_path / "drawbench.txt").write_text(f"{PROMPTS[1]}\n")
+    words = ["eval", "--run", str(run), "--suite", "drawbench", "--prompts", str(tmp_path / "drawbench.txt")]
+    words += ["--scorers", "jpeg_compressibility", "--images-per-prompt", "1", "--device", "cpu", "--resolution", "64"]
+    assert cli.main(words) == 0
+    settings = json.loads((run / "eval-drawbench" / "final" / "settings.json").read_text())
+    assert settings["model"] == str(other)
+    assert "one step" in (run / "eval-drawbench" / "report.html").read_text()
+    assert cli.main([*words, "--steps", "8"]) == 2
+    assert "--steps does not go with one-step generators" in capsys.readouterr().err
+    assert cli.main([*words, "--guidance-scale", "4"]) == 2
+    assert "--guidance-scale does not go with one-step generators" in capsys.readouterr().err
+
+
 def test_a_time_limit(world: Path, tmp_path: Path) -> None:
     """A run that has used up its time has no epoch left when it continues, unless it gets more time."""
     run = tmp_path / "run"
@@ -324,6 +440,11 @@ def graphless(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
     return images.detach().mean((1, 2, 3))
 
 
+def red(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    return images[:, 0].mean((1, 2))
+
+
+red.differentiable = True  # type: ignore[attr-defined]
 graphless.differentiable = True  # type: ignore[attr-defined]
 
 

@@ -23,6 +23,7 @@ from crd_fast.didr import (
     ta_loss_of_noised,
 )
 from crd_fast.didr.noising import noised
+from crd_fast.didr.stages import DISTANCE_FLOOR
 from crd_fast.errors import ConfigError
 from crd_fast.schedules import VP, RectifiedFlow
 
@@ -255,6 +256,45 @@ def test_a_long_correction_is_shortened_to_a_share_of_the_gap():
     assert torch.equal(limited.gap, plain.gap)
 
 
+@pytest.mark.parametrize("reward_at", ["diffused", "endpoint"])
+def test_the_anchor_is_the_mean_distance_from_the_start_and_its_gradient(reward_at):
+    networks, z, eps, t = world(FLOW)
+    generator, start = networks["generator"], OneStep()
+    weight = generator.layers[0].weight
+    given = {"z": z, "eps": eps, "t": t, "schedule": FLOW}
+    config = {"beta": 0.5, "guidance_scale": 4.0, "reward_at": reward_at}
+    without = stage_two(**networks, **given, config=DIDRConfig(**config), start=start)
+    out = stage_two(**networks, **given, config=DIDRConfig(**config, anchor=0.3), start=start)
+    distance = ((generator(z) - start(z).detach()).square().mean(1) + DISTANCE_FLOOR**2).sqrt()
+    assert without.distance is None and torch.equal(out.distance, distance.detach())
+    torch.testing.assert_close(out.loss, without.loss + 0.3 * distance.mean())
+    found = torch.autograd.grad(out.loss, [weight, *start.parameters()], allow_unused=True)
+    (wanted,) = torch.autograd.grad(without.loss + 0.3 * distance.mean(), weight)
+    torch.testing.assert_close(found[0], wanted)
+    assert found[1:] == (None,) * len(found[1:])
+
+
+def test_at_the_start_the_anchor_pulls_nowhere_and_what_is_not_finite_neither():
+    networks, z, eps, t = world(FLOW)
+    generator = networks["generator"]
+    weight = generator.layers[0].weight
+    given = {"z": z, "eps": eps, "t": t, "schedule": FLOW}
+    plain = stage_two(**networks, **given, config=DIDRConfig(beta=1.0))
+    (wanted,) = torch.autograd.grad(plain.loss, weight)
+    for start in (copy.deepcopy(generator), lambda z: torch.full_like(z, torch.nan)):
+        out = stage_two(**networks, **given, config=DIDRConfig(beta=1.0, anchor=5.0), start=start)
+        assert torch.equal(torch.autograd.grad(out.loss, weight)[0], wanted)
+        assert torch.equal(out.distance, torch.full((6,), DISTANCE_FLOOR))
+
+
+def test_an_anchor_needs_the_start():
+    networks, z, eps, t = world(FLOW)
+    with pytest.raises(
+        ValueError, match=r"start: expected the generator as it started because anchor is 0.1, got None"
+    ):
+        stage_two(**networks, z=z, eps=eps, t=t, schedule=FLOW, config=DIDRConfig(beta=1.0, anchor=0.1))
+
+
 def test_endpoint_reward_is_the_divergence_and_the_rewards_own_gradient():
     networks, z, eps, t = world(FLOW)
     generator, reward = networks["generator"], networks["reward"]
@@ -346,6 +386,8 @@ def test_guidance_without_an_unconditional_prediction():
         ({"late_steps": 2.0}, "DIDRConfig.late_steps: expected an int >= 1"),
         ({"reward_at": "end"}, "DIDRConfig.reward_at: expected one of .*did you mean 'endpoint'"),
         ({"guided_estimate": 1}, "DIDRConfig.guided_estimate: expected true or false"),
+        ({"anchor": -0.1}, "DIDRConfig.anchor: expected a number >= 0"),
+        ({"anchor": math.nan}, "DIDRConfig.anchor: expected a finite number"),
         ({"max_correction": 0.0}, "DIDRConfig.max_correction: expected a number > 0, or None"),
         ({"weighting": "iklq"}, "DIDRConfig.weighting: expected one of .*did you mean 'ikl'"),
     ],

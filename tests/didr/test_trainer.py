@@ -15,11 +15,12 @@ from crd_fast.didr import DIDRTrainer
 from crd_fast.didr.draws import draw_step
 from crd_fast.didr.metrics import EpochLog
 from crd_fast.didr.networks import EMA, GENERATOR, TA
-from crd_fast.didr.stages import REWARDS_AT
+from crd_fast.didr.stages import DISTANCE_FLOOR, REWARDS_AT
 from crd_fast.errors import ConfigError, NonFiniteError
 from crd_fast.ranks import Ranks
 from crd_fast.rollout import initial_noise
 from crd_fast.training.models import load_backbone
+from tests import pipelines
 from tests.didr.tiny import Redness, added_noise, make_recipe, make_trainer, moved, save_pipeline, scramble, state
 
 
@@ -330,3 +331,38 @@ def test_the_generator_follows_the_reward(folder: Path) -> None:
 def test_a_batch_that_cannot_be_shared_out(folder: Path) -> None:
     with pytest.raises(ConfigError, match="train.batch is 6, .* use a micro_batch of 1, 2, 3, 6"):
         make_trainer(make_recipe("sd3", folder, batch=6, micro_batch=4))
+
+
+# --- the anchor ---
+
+
+@pytest.mark.parametrize("origin", [False, True], ids=["one_model", "two_models"])
+@pytest.mark.parametrize("parameters", ["lora", "full"])
+def test_the_anchor_is_the_generator_as_it_started(folder: Path, tmp_path: Path, parameters: str, origin: bool) -> None:
+    """With a model of its own it is that model, not the reference; at the first step it is no distance away."""
+    own: bool | str = str(pipelines.family("sd3").save(tmp_path / "own", seed=1)) if origin else False
+    trainer = make_trainer(
+        make_recipe("sd3", folder, {"algorithm": {"anchor": 0.1}}, parameters=parameters), origin=own
+    )
+    draw = trainer._draw()[0]
+    start = trainer.generator.sample(GENERATOR, draw.z, draw.conditioning).detach()
+    out = trainer._generator_loss(draw, trainer.reward)
+    assert out.distance is not None
+    torch.testing.assert_close(out.distance, torch.full((len(draw),), DISTANCE_FLOOR), rtol=1e-3, atol=0)
+    before = state(trainer)
+    for _ in range(3):
+        trainer._stage_two(trainer._draw(), trainer.reward, EpochLog())
+    assert moved(trainer, before) == {GENERATOR}
+    out = trainer._generator_loss(draw, trainer.reward)
+    expected = ((out.x0 - start).square().flatten(1).mean(1) + DISTANCE_FLOOR**2).sqrt()
+    torch.testing.assert_close(out.distance, expected, rtol=1e-4, atol=1e-6)
+    assert out.distance.min() > 1.5 * DISTANCE_FLOOR
+
+
+def test_a_strong_anchor_holds_the_generator_and_rows_tell_how_far_it_is(folder: Path) -> None:
+    distances = []
+    for anchor in (0.01, 10.0):
+        trainer = make_trainer(make_recipe("sd3", folder, {"algorithm": {"anchor": anchor}}, steps=8))
+        distances.append(trainer.run_epoch()["start_distance"])
+    assert distances[1] < 0.7 * distances[0]
+    assert "start_distance" not in make_trainer(make_recipe("sd3", folder)).run_epoch()

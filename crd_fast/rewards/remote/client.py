@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from crd_fast.errors import ConfigError, CrdFastError, RewardError, nearest
-from crd_fast.rewards.base import Metadata, PartialRewardError
+from crd_fast.rewards.base import BrokenRewardError, Metadata, PartialRewardError
 from crd_fast.rewards.remote.png import encode_png
 from crd_fast.rewards.remote.protocol import (
+    BROKEN_STATUS,
     HEALTH_PATH,
     MAX_ITEMS,
     SCORE_PATH,
@@ -28,7 +29,7 @@ from crd_fast.rewards.remote.protocol import (
     ServedReward,
     decode_health,
 )
-from crd_fast.rewards.remote.transport import MAX_ATTEMPTS, Call, StoppedError, split_url
+from crd_fast.rewards.remote.transport import MAX_ATTEMPTS, Call, StoppedError, TransportError, split_url
 
 T = TypeVar("T")
 
@@ -116,7 +117,8 @@ class RemoteReward:
                 except StoppedError:
                     raise
                 except CrdFastError as error:
-                    raise RewardError(
+                    broken = isinstance(error, TransportError) and error.status == BROKEN_STATUS
+                    raise (BrokenRewardError if broken else RewardError)(
                         f"{self._where()}, items {items[0]} to {items[-1]} of {count}: {error}"
                     ) from error
 

@@ -10,10 +10,26 @@ import torch
 from torch import Tensor
 
 from crd_fast.errors import CrdFastError, DataError, RewardError, nearest
-from crd_fast.rewards.base import QUOTED_TEXT, ChecksPrompts, PartialRewardError, Reward, score_batch, unknown_scores
+from crd_fast.rewards.base import (
+    QUOTED_TEXT,
+    BrokenRewardError,
+    ChecksPrompts,
+    PartialRewardError,
+    Reward,
+    score_batch,
+    unknown_scores,
+)
 from crd_fast.rewards.geneval import Detection, GenEvalReward
 from crd_fast.rewards.remote.png import decode_png, png_size
-from crd_fast.rewards.remote.protocol import Column, Item, ProtocolError, ScoreAnswer, ScoreRequest, encode_error
+from crd_fast.rewards.remote.protocol import (
+    BROKEN_STATUS,
+    Column,
+    Item,
+    ProtocolError,
+    ScoreAnswer,
+    ScoreRequest,
+    encode_error,
+)
 
 
 def _made_up(label: str) -> dict[str, Any]:
@@ -53,7 +69,8 @@ def _can_score(reward: Reward, item: dict[str, Any]) -> bool:
 def answer(body: bytes, rewards: Mapping[str, Reward], max_pixels: int) -> tuple[int, bytes]:
     """Status and body of the answer to a score request: 400 where it is none, or names a reward that is not served.
 
-    An item that cannot be decoded or scored has a reason in the answer; the others have their scores. At most
+    `BROKEN_STATUS` where a reward's own code failed. An item that cannot be decoded or scored has a reason in the
+    answer; the others have their scores. At most
     `max_pixels` pixels are decoded at a time.
     """
     try:
@@ -67,9 +84,12 @@ def answer(body: bytes, rewards: Mapping[str, Reward], max_pixels: int) -> tuple
     columns: dict[str, Column] = {name: [None] * len(request.items) for name in request.rewards}
     errors: dict[str, dict[int, str]] = {name: {} for name in request.rewards}
     bad: dict[int, str] = {}
-    for piece in _pieces(request.items, max_pixels, bad):
-        for name in request.rewards:
-            _score_piece(name, rewards[name], piece, columns, errors[name])
+    try:
+        for piece in _pieces(request.items, max_pixels, bad):
+            for name in request.rewards:
+                _score_piece(name, rewards[name], piece, columns, errors[name])
+    except BrokenRewardError as error:
+        return BROKEN_STATUS, encode_error(str(error))
     for reasons in errors.values():
         reasons.update(bad)
     return 200, ScoreAnswer(request.request_id, columns, {k: v for k, v in errors.items() if v}).encode()
@@ -138,6 +158,8 @@ def _scores(
         return score_batch(reward, images, prompts, metadata), {}
     except PartialRewardError as error:
         return error.scores, error.failures
+    except BrokenRewardError:
+        raise
     except CrdFastError as error:
         if len(prompts) == 1:
             return {reward.name: unknown_scores(1)}, {0: str(error)}

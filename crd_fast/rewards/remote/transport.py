@@ -28,7 +28,11 @@ _JITTER = random.Random()  # apart from the generator that a run seeds
 
 
 class TransportError(CrdFastError, ConnectionError):
-    """A request has no answer; the message says why, after how many attempts."""
+    """A request has no answer; the message says why, after how many attempts. status: of the last answer, if any."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class StoppedError(TransportError):
@@ -103,7 +107,7 @@ class Call:
                     return answer
                 reason = f"status {status}: {decode_error(answer)}"
                 if status not in _RETRIED and status < 500:
-                    raise TransportError(reason)
+                    raise TransportError(reason, status)
                 wait = max(wait, retry_after)
             if attempt == self._attempts:
                 raise TransportError(f"{reason} (attempt {attempt} of {self._attempts})")

@@ -17,7 +17,7 @@ import torch
 from crd_fast import cli
 from crd_fast.errors import ConfigError, RewardError
 from crd_fast.rewards import registry
-from crd_fast.rewards.base import score_batch
+from crd_fast.rewards.base import BrokenRewardError, score_batch
 from crd_fast.rewards.remote.client import RemoteOptions, RemoteReward
 from crd_fast.rewards.remote.serve_settings import ServeSettings
 from tests.rewards.remote.servers import NEEDS_PROC, Served, pictures, reward_server, until
@@ -196,3 +196,18 @@ def test_a_missing_package_names_its_extra(package, monkeypatch, capsys):
 def test_settings_need_a_reward():
     with pytest.raises(ConfigError, match="no rewards to serve"):
         ServeSettings({})
+
+
+def test_an_error_in_a_rewards_own_code_is_told_once_and_never_an_items(tmp_path):
+    """Neither masked as one item's failure nor asked for again."""
+    source = tmp_path / "fragile.py"
+    source.write_text("def fragile(images, prompts, metadata):\n    return [1 / (len(p) - 3) for p in prompts]\n")
+    options = tmp_path / "options.yaml"
+    options.write_text(f"custom:fragile:\n  source: {source}:fragile\n")
+    with reward_server("custom:fragile", "--options", str(options), token=None) as server:
+        client = RemoteReward(RemoteOptions(server.url, "custom:fragile", attempts=3))
+        prompts = ["four", "seven..", "abc", "x"]
+        with pytest.raises(BrokenRewardError, match=r"status 422.*fragile\.py:2.*ZeroDivisionError") as caught:
+            score_batch(client, pictures(4, 64), prompts, [{}] * 4)
+        assert "attempt" not in str(caught.value)
+        assert score_batch(client, pictures(1, 64), ["four"], [{}])["remote"].tolist() == [1.0]
