@@ -1,4 +1,4 @@
-"""CRD in Flow-Factory with crd-fast's loss: one line of the YAML changes.
+"""CRD in Flow-Factory (up to a0b2bc5, May 2026) with crd-fast's loss: one line of the YAML changes.
 
     train:
       trainer_type: dropin.flow_factory.CRDFastTrainingArguments    # was: crd
@@ -42,7 +42,15 @@ from typing import Any
 import torch
 from flow_factory.hparams import CRDTrainingArguments
 from flow_factory.samples import BaseSample
-from flow_factory.trainers.crd import CRDTrainer
+
+try:
+    from flow_factory.trainers.crd import CRDTrainer
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "this trainer is for Flow-Factory up to commit a0b2bc5 of May 2026, which has flow_factory.trainers.crd. Later "
+        "versions have trainers/rl/crd.py, whose predictions are dicts of components: check that commit out, or call "
+        "crd_fast.loss there once for each component and add up"
+    ) from error
 from flow_factory.utils.dist import reduce_loss_info
 from torch import Tensor
 from torch import distributed as dist

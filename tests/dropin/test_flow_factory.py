@@ -494,3 +494,10 @@ def test_a_group_is_a_prompt_at_a_timestep(dropin):
     ids = dropin.group_ids(prompts, timesteps).tolist()
     assert ids[0] == ids[2]
     assert len(set(ids)) == 5
+
+
+def test_a_later_layout_of_the_project_is_told(dropin, monkeypatch):
+    """Its CRD has moved, and predicts dicts of components."""
+    monkeypatch.setitem(sys.modules, "flow_factory.trainers.crd", None)
+    with pytest.raises(ImportError, match=r"up to commit a0b2bc5 .*trainers/rl/crd.py"):
+        importlib.reload(dropin)

@@ -23,8 +23,9 @@ def defaults(function):
 
 
 def test_names():
-    expected = "CRDConfig CRDLoss CRDOutput Noised ResidualStats __version__ didr loss noise residual_stats schedules"
-    assert sorted(crd_fast.__all__) == expected.split()
+    classes = ["CRDConfig", "CRDLoss", "CRDOutput", "GroupMembers", "Noised", "ResidualStats"]
+    functions = ["didr", "group_members", "loss", "noise", "residual_stats", "schedules"]
+    assert sorted(crd_fast.__all__) == [*classes, "__version__", *functions]
     assert all(name in vars(crd_fast) for name in crd_fast.__all__)
 
 
@@ -39,6 +40,14 @@ def test_defaults():
         "mask": None,
         "sample_weights": None,
         "kl_weights": None,
+        "members": None,
+        "process_group": None,
+        "config": crd_fast.CRDConfig(),
+    }
+    assert defaults(crd_fast.group_members) == {
+        "group_ids": None,
+        "mask": None,
+        "sample_weights": None,
         "process_group": None,
         "config": crd_fast.CRDConfig(),
     }

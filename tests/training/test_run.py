@@ -87,6 +87,14 @@ def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+def test_snapshots_follow_by_optimiser_steps(finished: Path) -> None:
+    """Two an epoch."""
+    table = rows(finished)
+    assert [row["step"] for row in table] == [2, 4, 6]
+    assert [row["old_decay"] for row in table] == pytest.approx([0.26, 0.27, 0.28])
+    assert [row["sampling_decay"] for row in table] == [0.0, 0.0, 0.0]
+
+
 def test_a_run_leaves_every_file_of_its_contract(finished: Path) -> None:
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "environment.json", "report.html"):
         assert (finished / name).is_file(), name
