@@ -198,6 +198,7 @@ class _Job:
             LoopSettings(train.epochs, train.max_minutes, train.checkpoint_every),
             self._export,
             epoch_note,
+            recipe.run.wandb,
         )
         if self.session.resume:
             loop.restore()

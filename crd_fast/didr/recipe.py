@@ -42,6 +42,7 @@ _FREE = (
     "decode.recompute",
     "run.dir",
     "run.device",
+    "run.wandb",
 )
 
 

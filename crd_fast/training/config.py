@@ -294,11 +294,14 @@ def check_evaluation(evaluation: Any) -> None:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """dir: None makes runs/<recipe>-<time>; seed: of everything random; device: None takes the GPU if there is one."""
+    """dir: None makes runs/<recipe>-<time>; seed: of everything random; device: None takes the GPU if there is one.
+    wandb: project of Weights & Biases that metrics go to as well.
+    """
 
     dir: str | None = None
     seed: int = 0
     device: str | None = None
+    wandb: str | None = None
 
 
 @dataclass(frozen=True)

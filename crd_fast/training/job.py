@@ -166,7 +166,7 @@ class _Job:
 
         train = self.recipe.train
         settings = LoopSettings(train.epochs, train.max_minutes, train.checkpoint_every)
-        return EpochLoop(self.session, self.store, self.trainer, settings, export, epoch_note)
+        return EpochLoop(self.session, self.store, self.trainer, settings, export, epoch_note, self.recipe.run.wandb)
 
     def _evaluate(self, side: str, slot: str, guidance_scale: float | None = None) -> None:
         """Evaluate a slot and keep the result, unless an earlier start of this run has it."""

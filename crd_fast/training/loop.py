@@ -18,6 +18,7 @@ from crd_fast.training.launch import Session
 from crd_fast.training.resume import EpochStart, EpochTrainer
 from crd_fast.training.stop import Interrupted
 from crd_fast.training.tensorboard import Scalars
+from crd_fast.training.wandb_log import WandbLog
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class EpochLoop:
     """Runs a trainer to its last epoch in a run directory.
 
     export: writes what goes into a checkpoint besides the state, such as an adapter. note: what a glance at an epoch's
-    row should tell.
+    row should tell. wandb: project that metrics go to as well.
+
+    Raises ConfigError where that cannot be had.
     """
 
     def __init__(
@@ -44,9 +47,14 @@ class EpochLoop:
         settings: LoopSettings,
         export: Callable[[Path], None],
         note: Callable[[dict[str, Any]], str],
+        wandb: str | None = None,
     ) -> None:
         self.session, self.store, self.trainer, self.settings = session, store, trainer, settings
         self.export, self.note = export, note
+        self.logs: list[Scalars | WandbLog] = []
+        with session.ranks.together("beginning a run of wandb"):
+            if wandb is not None and session.ranks.first:
+                self.logs.append(WandbLog(wandb, session.directory.path))
 
     def restore(self) -> None:
         """Go back to the newest whole checkpoint, or to the beginning where there is none."""
@@ -70,12 +78,20 @@ class EpochLoop:
         Raises Interrupted when a stop was asked for, after a checkpoint to continue from; NonFiniteError, which names
         the last good checkpoint.
         """
+        if self.session.ranks.first:
+            self.logs.append(Scalars(self.session.directory / "tensorboard", self.trainer.epoch))
+        try:
+            self._run()
+        finally:
+            for log in self.logs:
+                log.close()
+
+    def _run(self) -> None:
         trainer, settings, report = self.trainer, self.settings, self.session.report
         ranks, directory = self.session.ranks, self.session.directory
         report.begin("training", settings.epochs, trainer.epoch)
         started, elapsed_before = time.perf_counter(), ranks.tell(self._elapsed_before())
         over = self._over(elapsed_before)
-        scalars = Scalars(directory / "tensorboard", trainer.epoch) if ranks.first else None
         start = None
         while trainer.epoch < settings.epochs and not over:
             del start  # its copies go before the next are made
@@ -93,9 +109,10 @@ class EpochLoop:
                 self._finish_after(error)
                 raise
             row["elapsed_seconds"] = ranks.tell(elapsed_before + time.perf_counter() - started)
-            if scalars is not None:
+            if ranks.first:
                 directory.append_metrics(row)
-                scalars.write(row)
+            for log in self.logs:
+                log.write(row)
             report.update(trainer.epoch, self.note(row), line=True)
             over = self._over(row["elapsed_seconds"])
             if trainer.epoch % settings.checkpoint_every == 0 or trainer.epoch == settings.epochs or over:
@@ -103,8 +120,6 @@ class EpochLoop:
         if over:
             report.say(f"train.max_minutes {settings.max_minutes} reached after {trainer.epoch} epochs")
         self.store.finish()
-        if scalars is not None:
-            scalars.close()
 
     def _over(self, seconds: float) -> bool:
         """Whether a run that has trained so long has used up its time."""

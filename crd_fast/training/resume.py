@@ -28,6 +28,7 @@ _FREE = (
     "train.timeout_minutes",
     "run.dir",
     "run.device",
+    "run.wandb",
 )
 
 

@@ -16,7 +16,7 @@ class Scalars:
         self._writer = SummaryWriter(str(folder), purge_step=first_epoch)
 
     def write(self, row: dict[str, Any]) -> None:
-        for name, value in _numbers(row):
+        for name, value in numbers(row):
             self._writer.add_scalar(name, value, global_step=row["epoch"])
         self._writer.flush()
 
@@ -24,10 +24,10 @@ class Scalars:
         self._writer.close()
 
 
-def _numbers(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def numbers(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Flat names, `reward/geneval`, of all numbers in a row but the epoch itself."""
     for key, value in row.items():
         if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{key}/")
+            yield from numbers(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and key != "epoch":
             yield prefix + key, float(value)
