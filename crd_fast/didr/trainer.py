@@ -5,8 +5,9 @@ on fresh samples of the generator; Stage II once, a step of the generator along 
 reference's and the diffused reward's scores; the generator's moving average follows.
 
 The paper's training code is not public; where its text is silent, this is ours: a warm-up of the TA alone, and one of
-both without the reward; times are stratified over a batch; what a step sees depends on settings, seed and the number of
-the step, not on ranks or micro-batches; a step whose gradient is not finite is skipped and counted.
+both without the reward; an anchor at the start (`DIDRConfig.anchor`); times are stratified over a batch; what a step
+sees depends on settings, seed and the number of the step, not on ranks or micro-batches; a step whose gradient is not
+finite is skipped and counted.
 Every model is read as a rectified flow: times are noise levels of the linear path, which loses nothing, since the loss
 depends on the ratio of noise to signal alone.
 """
