@@ -195,12 +195,16 @@ def choose_device(wanted: str | None) -> torch.device:
     device = torch.device("cuda") if wanted is None else _device(wanted)
     if device.type != "cuda":
         return device
+    here, seen = _number("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
     if device.index is None:
-        device = torch.device("cuda", _number("LOCAL_RANK", 0))
-    elif _number("LOCAL_WORLD_SIZE", 1) > 1:
+        # a launcher may show every rank its own GPU alone
+        device = torch.device("cuda", 0 if seen == 1 else _number("LOCAL_RANK", 0))
+        if device.index >= seen:
+            raise ConfigError(f"{here} ranks on this machine, which has {seen} GPUs: start one rank for each")
+    elif here > 1 and seen > 1:
         raise ConfigError(
-            f"run.device is {wanted!r} for {_number('LOCAL_WORLD_SIZE')} ranks on this machine: expected 'cuda' or "
-            "nothing, which gives every rank a GPU of its own"
+            f"run.device is {wanted!r} for {here} ranks on this machine: expected 'cuda' or nothing, which gives every "
+            "rank a GPU of its own"
         )
     torch.cuda.set_device(device)
     return device

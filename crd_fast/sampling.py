@@ -11,7 +11,7 @@ import torch
 
 from crd_fast.backbones import LoadOptions
 from crd_fast.errors import ConfigError
-from crd_fast.evaluation.candidates import config_above, generator_of
+from crd_fast.evaluation.candidates import start_of_run
 from crd_fast.evaluation.folders import open_folder
 from crd_fast.evaluation.models import load_model
 from crd_fast.evaluation.pictures import to_pixels
@@ -55,7 +55,7 @@ def sample_to_folder(
     if one_step is not None and steps is not None:
         raise ConfigError(f"--steps {steps} does not go with --one-step: leave one of them out")
     if one_step is None and steps is None:
-        one_step = _start_of_run([lora, transformer])
+        one_step = start_of_run([lora, transformer])
     steps = STEPS if steps is None else steps
     require_sampler(steps, guidance_scale, max_sequence_length, seed, one_step)
     chosen = choose_device(device)
@@ -82,15 +82,6 @@ def sample_to_folder(
                 pictures = backbone.decode(latent)[0]  # (3, H, W), or (F, 3, H, W) of a video
                 _write(files[index], to_pixels(pictures if pictures.ndim == 4 else pictures[None]))
                 yield files[index]
-
-
-def _start_of_run(weights: Sequence[str | None]) -> float | None:
-    """Where the step of the one-step generator begins that a run of crd-fast didr trained; None for other weights."""
-    for path in weights:
-        generator = None if path is None or not Path(path).exists() else generator_of(config_above(Path(path) / "any"))
-        if generator is not None:
-            return generator.start
-    return None
 
 
 def _new_files(out: Path, number: int) -> list[Path]:

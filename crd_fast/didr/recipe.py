@@ -40,6 +40,8 @@ _FREE = (
     "train.towards_start",
     "decode.micro_batch",
     "decode.recompute",
+    "evaluation.batch",
+    "acceleration.recompute",
     "run.dir",
     "run.device",
     "run.wandb",

@@ -65,6 +65,17 @@ def generator_of(config: dict[str, Any]) -> OneStepGenerator | None:
     return OneStepGenerator(settings.get("path"), float(settings.get("start", 1.0)))
 
 
+def start_of_run(weights: Iterable[str | None]) -> float | None:
+    """Where the step of the one-step generator begins that a run of crd-fast didr trained, of which `weights` are;
+    None for other weights.
+    """
+    for path in weights:
+        generator = None if path is None or not Path(path).exists() else generator_of(config_above(Path(path) / "any"))
+        if generator is not None:
+            return generator.start
+    return None
+
+
 def generator_adapter(config: dict[str, Any]) -> Path | None:
     """The adapter that a one-step generator started from."""
     lora = (config.get("generator") or {}).get("lora")

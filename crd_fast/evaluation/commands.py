@@ -19,6 +19,7 @@ from crd_fast.evaluation.candidates import (
     generator_of,
     run_candidates,
     run_config,
+    start_of_run,
     trained_rewards,
 )
 from crd_fast.evaluation.evaluate import evaluate
@@ -144,6 +145,8 @@ def _settings(options: argparse.Namespace, suite: suites.Suite, config: dict[str
     model = config.get("model") or {}
     generator = generator_of(config)
     start_share = first(options.one_step, None if generator is None else generator.start)
+    if start_share is None and options.steps is None:
+        start_share = start_of_run([options.lora, options.transformer])
     if start_share is not None:
         for name in ("steps", "guidance_scale"):
             if getattr(options, name) is not None:

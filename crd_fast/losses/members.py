@@ -41,7 +41,7 @@ def group_members(
         members = crd_fast.GroupMembers.cat(parts)
         for part in group:
             out = crd_fast.loss(model(part), fwd(part), old=..., advantages=..., group_ids=..., members=members)
-            out.loss.backward()
+            (out.loss * len(part) / len(group)).backward()  # a mean over the part, by its share of all that count
 
     Args:
         f_theta: (B, *latent) prediction of the trained model at the parameters that the parts are trained at; no

@@ -54,7 +54,7 @@ class EpochLoop:
         self.logs: list[Scalars | WandbLog] = []
         with session.ranks.together("beginning a run of wandb"):
             if wandb is not None and session.ranks.first:
-                self.logs.append(WandbLog(wandb, session.directory.path))
+                self.logs.append(WandbLog(wandb, session.directory.path, session.report.say))
 
     def restore(self) -> None:
         """Go back to the newest whole checkpoint, or to the beginning where there is none."""
@@ -80,11 +80,16 @@ class EpochLoop:
         """
         if self.session.ranks.first:
             self.logs.append(Scalars(self.session.directory / "tensorboard", self.trainer.epoch))
+        failed = True
         try:
             self._run()
+            failed = False
+        except Interrupted:
+            failed = False
+            raise
         finally:
             for log in self.logs:
-                log.close()
+                log.close(failed)
 
     def _run(self) -> None:
         trainer, settings, report = self.trainer, self.settings, self.session.report

@@ -20,7 +20,7 @@ class Scalars:
             self._writer.add_scalar(name, value, global_step=row["epoch"])
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self._writer.close()
 
 

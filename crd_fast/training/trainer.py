@@ -11,8 +11,8 @@ parts; the anchor may be evaluated for a random share of the samples (`kl_fracti
 its samples several times (`inner_epochs`), with the same noise (`fixed_noise`).
 Where it departs from the authors' public code: groups are centered per (prompt, timestep) by default; of the old
 prediction two floats a sample are kept and noise is made again from its seed; adapters are rows of a bank and are never
-swapped; what an optimiser step sees does not depend on the number of ranks; the reference is not run when kl_coef is 0;
-resuming restores snapshots and counters.
+swapped; what an optimiser step sees does not depend on the number of ranks, but for centering "batch"; the reference is
+not run when kl_coef is 0; resuming restores snapshots and counters.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import crd_fast
 from crd_fast.acceleration.precision import FP8
 from crd_fast.backbones.base import Backbone, Conditioning
 from crd_fast.data.prompts import PromptSet
-from crd_fast.errors import NonFiniteError
+from crd_fast.errors import ConfigError, NonFiniteError
 from crd_fast.ranks import Ranks
 from crd_fast.reference_objective import METRICS
 from crd_fast.rewards.scorer import Scorer
@@ -110,6 +110,11 @@ class Trainer:
         # where a group, or a batch that is centered as one, is spread over ranks
         by_batch = self.loss_config.centering == "batch"
         spread = train.micro_batch % train.group_size != 0 or by_batch
+        if by_batch and ranks.world * train.micro_batch == 1:
+            raise ConfigError(
+                "algorithm.centering is 'batch' but a micro-step has one sample (train.micro_batch 1 on 1 rank), with "
+                "nothing to be compared with: raise train.micro_batch, or use centering 'prompt'"
+            )
         # micro-steps that hold the parts of one group
         self.parts = 1 if by_batch else max(1, train.group_size // (ranks.world * train.micro_batch))
         self.centering_group = ranks.data_group if spread else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ class WandbLog:
     The run is named after its directory and has the directory's config.yaml as its config. What else wandb needs to
     know, such as WANDB_MODE=offline, an entity or a key, is its own environment's.
 
+    A run that has begun goes on without it where it fails later, which `say` is told: metrics.jsonl has every number.
+
     Raises ConfigError where wandb is not installed, or cannot begin a run.
     """
 
-    def __init__(self, project: str, directory: Path) -> None:
+    def __init__(self, project: str, directory: Path, say: Callable[[str], None]) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -48,11 +52,21 @@ class WandbLog:
                 f"run.wandb is {project!r}, and no run could begin there: {error}; look at `wandb login`, or set "
                 "WANDB_MODE=offline"
             ) from error
+        self._say = say
         self._run.define_metric("*", step_metric="epoch")  # an epoch that is done again replaces itself
         write_json(file, {"id": self._run.id})
 
     def write(self, row: dict[str, Any]) -> None:
-        self._run.log({"epoch": row["epoch"], **dict(numbers(row))})
+        with self._told():
+            self._run.log({"epoch": row["epoch"], **dict(numbers(row))})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        with self._told():
+            self._run.finish(exit_code=int(failed))
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever it is, training is worth more
+            self._say(f"wandb: {type(error).__name__}: {error}")

@@ -410,6 +410,10 @@ def test_eval_takes_the_generators_own_model(world: Path, tmp_path: Path, capsys
     settings = json.loads((run / "eval-drawbench" / "final" / "settings.json").read_text())
     assert settings["model"] == str(other)
     assert "one step" in (run / "eval-drawbench" / "report.html").read_text()
+    model = ["eval", "--model", str(other), "--lora", str(run), *words[3:], "--out", str(tmp_path / "by-model")]
+    assert cli.main([*model, "--max-sequence-length", "1"]) == 0
+    settings = json.loads((tmp_path / "by-model" / "settings.json").read_text())
+    assert settings["steps"] == 1 and settings["start_share"] == 1.0
     assert cli.main([*words, "--steps", "8"]) == 2
     assert "--steps does not go with one-step generators" in capsys.readouterr().err
     assert cli.main([*words, "--guidance-scale", "4"]) == 2

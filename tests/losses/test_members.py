@@ -93,6 +93,23 @@ def test_without_ids_the_members_are_one_group():
     torch.testing.assert_close(leaf.grad, expected)
 
 
+def test_means_over_parts_weighed_by_their_samples_are_the_mean():
+    """As the docstring of group_members says, with samples that are left out."""
+    case = random_case((10, 4, 5), dtype=torch.float64, groups=GROUPS)
+    case.sample_weights = [1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 0.0, 1.0, 2.0, 1.0]
+    f, mean = case.f.detach().clone().requires_grad_(), crd_fast.CRDConfig()
+    everyone = arguments(case, slice(None)) | {"config": mean, "ref": case.ref}
+    (expected,) = torch.autograd.grad(crd_fast.loss(f, case.y, **everyone).loss, f)
+    parts = torch.arange(10).split(4)
+    given = [arguments(case, rows) | {"config": mean} for rows in parts]
+    found = [crd_fast.group_members(f[rows], case.y[rows], **rest) for rows, rest in zip(parts, given, strict=True)]
+    members = crd_fast.GroupMembers.cat(found)
+    for rows, rest in zip(parts, given, strict=True):
+        out = crd_fast.loss(f[rows], case.y[rows], **rest, ref=case.ref[rows], members=members)
+        (out.loss * (rest["sample_weights"] != 0).sum() / members.counted().sum()).backward()
+    torch.testing.assert_close(f.grad, expected)
+
+
 def test_a_part_of_one_sample_learns_nothing_on_its_own():
     """What the members are for."""
     case = random_case((10, 4, 5), dtype=torch.float64, groups=GROUPS, kl_coef=0.0)

@@ -30,6 +30,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(ranks, "_device", torch.device)
     return current
 
@@ -53,3 +54,21 @@ def test_one_gpu_for_several_ranks_is_refused(chosen: list[torch.device], monkey
     with pytest.raises(ConfigError, match=r"run.device is 'cuda:1' for 2 ranks on this machine: expected 'cuda'"):
         choose_device("cuda:1")
     assert not chosen
+
+
+@pytest.mark.parametrize("wanted", [None, "cuda", "cuda:0"])
+def test_where_each_rank_sees_one_gpu_it_is_that(
+    chosen: list[torch.device], monkeypatch: pytest.MonkeyPatch, wanted: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert choose_device(wanted) == torch.device("cuda:0")
+    assert chosen == [torch.device("cuda:0")]
+
+
+def test_more_ranks_than_gpus_are_refused(chosen: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    with pytest.raises(ConfigError, match="6 ranks on this machine, which has 4 GPUs"):
+        choose_device(None)

@@ -86,6 +86,14 @@ def test_the_micro_batch_changes_nothing_but_the_order_of_sums(recipe: Path, tmp
         assert ("preview" in row["seconds"]) == (size < 4), size
 
 
+def test_a_batch_of_one_has_nothing_to_be_centered_with(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"run.dir={tmp_path / 'run'}", "algorithm.centering=batch", "train.micro_batch=1"]
+    assert cli.main(["train", str(recipe), *words]) == 2
+    assert "algorithm.centering is 'batch' but a micro-step has one sample" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("micro_batch", "previewed"), [(4, 0), (2, 16)])
 def test_every_pass_is_counted_as_arithmetic(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int, previewed: int

@@ -102,3 +102,30 @@ def test_nobody_else_needs_it(recipe: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert cli.main(["train", str(recipe), f"run.dir={tmp_path / 'run'}", "train.epochs=1"]) == 0
     assert not (tmp_path / "run" / "wandb.json").exists()
+
+
+def test_what_goes_wrong_there_later_is_told_and_costs_nothing(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise wandb.Error("the service is gone")
+
+    monkeypatch.setattr(wandb.Run, "log", broken)
+    run = tmp_path / "run"
+    assert cli.main(["train", str(recipe), f"run.dir={run}", "run.wandb=pictures"]) == 0
+    assert "wandb: Error: the service is gone" in capsys.readouterr().out
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2 and (run / "lora").is_dir()
+
+
+def test_a_run_that_fails_is_a_failed_one(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    codes = []
+    finish = wandb.Run.finish
+    monkeypatch.setattr(wandb.Run, "finish", lambda run, exit_code: (codes.append(exit_code), finish(run, exit_code)))
+    words = ["train", str(recipe), "run.wandb=pictures"]
+    assert cli.main([*words, f"run.dir={tmp_path / 'good'}"]) == 0
+    assert cli.main([*words, f"run.dir={tmp_path / 'bad'}", "train.lr=1e30", "train.max_skipped=1"]) == 2
+    assert codes == [0, 1]
