@@ -66,8 +66,9 @@ def test_sdxl_starts_at_its_timestep(folders: dict[str, Path]) -> None:
     backbone: Any = trainer.networks.backbone
     signal = backbone._scheduler.alphas_cumprod[399].double()
     ratio = ((1 - signal) / signal).sqrt()
-    assert trainer.generator.sigma == pytest.approx(float(ratio / (1 + ratio)), rel=1e-5)
-    assert backbone.timestep(torch.tensor([trainer.generator.sigma])).item() == pytest.approx(399, abs=1e-2)
+    sigma = float(backbone.sigma_at(torch.tensor(trainer.generator.start)))
+    assert sigma == pytest.approx(float(ratio / (1 + ratio)), rel=1e-5)
+    assert backbone.timestep(torch.tensor([sigma])).item() == pytest.approx(399, abs=1e-2)
     shares = torch.tensor([0.02, 0.5, 0.98])
     assert torch.allclose(backbone.timestep(backbone.sigma_at(shares)), shares * 1000, atol=0.05)
     assert backbone.sigma_at(torch.tensor(1.0)).item() == pytest.approx(backbone._last, rel=1e-5)

@@ -25,7 +25,7 @@ VERSION = 1
 SCORE_PATH = "/v1/score"
 HEALTH_PATH = "/health"
 MAX_ITEMS = 256  # of one request
-BROKEN_STATUS = 422  # a reward's own code failed: the same would happen again
+BROKEN_STATUS = 424  # a reward's own code failed: the same would happen again
 
 Column = list[float | None]  # a score for each item
 

@@ -207,7 +207,7 @@ def test_an_error_in_a_rewards_own_code_is_told_once_and_never_an_items(tmp_path
     with reward_server("custom:fragile", "--options", str(options), token=None) as server:
         client = RemoteReward(RemoteOptions(server.url, "custom:fragile", attempts=3))
         prompts = ["four", "seven..", "abc", "x"]
-        with pytest.raises(BrokenRewardError, match=r"status 422.*fragile\.py:2.*ZeroDivisionError") as caught:
+        with pytest.raises(BrokenRewardError, match=r"status 424.*fragile\.py:2.*ZeroDivisionError") as caught:
             score_batch(client, pictures(4, 64), prompts, [{}] * 4)
         assert "attempt" not in str(caught.value)
         assert score_batch(client, pictures(1, 64), ["four"], [{}])["remote"].tolist() == [1.0]
