@@ -361,41 +361,37 @@ def test_doctor_reports_the_extension(capsys: pytest.CaptureFixture[str]) -> Non
     assert "extension    built" in out and "torch" in out
 
 
-@pytest.mark.parametrize("setting", ["algorithm.guidance_scale", "rollout.guidance_scale", "evaluation.guidance_scale"])
-def test_guidance_that_the_family_does_not_have_is_refused_before_anything_is_sampled(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str
-) -> None:
-    (tmp_path / "train.txt").write_text("2 squares\n3 squares\n")
-    tree = {
-        "model": {"path": str(flux2.save(tmp_path / "pipeline", distilled=True))}
-        | {"max_sequence_length": 12, "resolution": 64},
-        "data": {"prompts": str(tmp_path / "train.txt")},
-        "rewards": {"jpeg_compressibility": {"weight": 1}},
-        "algorithm": {"guidance_scale": 1.0},
-        "train": {"epochs": 1, "groups": 2, "group_size": 2, "micro_batch": 2, "updates": 1, "timesteps": 1},
-        "precision": {"dtype": "fp32"},
-    }
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(yaml.safe_dump(tree))
-    run = tmp_path / "run"
-    assert cli.main(["train", str(recipe), f"run.dir={run}", f"{setting}=4"]) == 2
-    assert "guidance_scale is 4.0" in capsys.readouterr().err
-    assert not (run / "samples").exists() and not (run / "metrics.jsonl").exists()
+# --- guidance that a family does not have ---
 
 
-def test_no_anchor_asks_for_no_guidance(tmp_path: Path) -> None:
+@pytest.fixture
+def distilled(tmp_path: Path) -> Path:
+    """A recipe of a model without guidance, with the default guidance of the anchor, which asks for it."""
     (tmp_path / "train.txt").write_text("2 squares\n3 squares\n")
+    pipeline = flux2.save(tmp_path / "pipeline", distilled=True)
     tree = {
-        "model": {"path": str(flux2.save(tmp_path / "pipeline", distilled=True))}
-        | {"max_sequence_length": 12, "resolution": 64},
+        "model": {"path": str(pipeline), "max_sequence_length": 12, "resolution": 64},
         "data": {"prompts": str(tmp_path / "train.txt")},
         "rewards": {"jpeg_compressibility": {"weight": 1}},
-        "algorithm": {"kl_coef": 0},  # the default guidance, which no anchor uses
         "lora": {"rank": 2},
         "rollout": {"steps": 1, "batch": 4},
         "train": {"epochs": 1, "groups": 2, "group_size": 2, "micro_batch": 2, "updates": 1, "timesteps": 1},
         "precision": {"dtype": "fp32"},
     }
-    recipe = tmp_path / "r.yaml"
+    recipe = tmp_path / "distilled.yaml"
     recipe.write_text(yaml.safe_dump(tree))
-    assert cli.main(["train", str(recipe), f"run.dir={tmp_path / 'run'}"]) == 0
+    return recipe
+
+
+@pytest.mark.parametrize("setting", ["algorithm.guidance_scale", "rollout.guidance_scale", "evaluation.guidance_scale"])
+def test_it_is_refused_before_anything_is_sampled(
+    distilled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
+    run = tmp_path / "run"
+    train(distilled, f"run.dir={run}", "algorithm.guidance_scale=1", f"{setting}=4", code=2)
+    assert "guidance_scale is 4.0" in capsys.readouterr().err
+    assert not (run / "samples").exists() and not (run / "metrics.jsonl").exists()
+
+
+def test_no_anchor_asks_for_none(distilled: Path, tmp_path: Path) -> None:
+    train(distilled, f"run.dir={tmp_path / 'run'}", "algorithm.kl_coef=0")
