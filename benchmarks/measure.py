@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,8 +76,16 @@ def peak_bytes(run: Run, device: torch.device, forget: Run = lambda: None) -> in
     return peak
 
 
-def launches(run: Run, device: torch.device) -> int | None:
-    """GPU kernels of one call, copies and fills included; None on a CPU."""
+@dataclass(frozen=True)
+class DeviceWork:
+    """What a GPU does in one call: launches of kernels, copies and fills, and the seconds that they take together."""
+
+    launches: int
+    seconds: float
+
+
+def device_work(run: Run, device: torch.device) -> DeviceWork | None:
+    """None on a CPU."""
     if device.type != "cuda":
         return None
     run()
@@ -84,7 +93,13 @@ def launches(run: Run, device: torch.device) -> int | None:
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         run()
         torch.cuda.synchronize(device)
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in recorded.events())
+    events = [event for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return DeviceWork(len(events), 1e-6 * sum(event.time_range.elapsed_us() for event in events))
+
+
+def fits_cache(size: int, device: torch.device) -> bool:
+    """Whether so many bytes may still lie in a GPU's cache at the next call, which makes them no matter of memory."""
+    return device.type == "cuda" and size < 4 * torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def copy_bandwidth(elements: int, device: torch.device) -> float:

@@ -16,6 +16,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,10 @@ def rows_of(
     times = measure.side_by_side(runs, device)
     latent = math.prod(shape) * torch.empty((), dtype=DTYPES[dtype]).element_size()
     rows = []
+    cached = measure.fits_cache(work.bytes, device)
     for side, run in runs.items():
         median = statistics.median(times[side])
+        on_device = measure.device_work(run, device)
         rows.append(
             {
                 "operation": name,
@@ -61,27 +64,31 @@ def rows_of(
                 "side": side,
                 "milliseconds": 1e3 * median,
                 "speedup_over_eager": measure.ratio(times, "eager", side),
-                "gigabytes_per_second": work.bytes / median / 1e9,
-                "share_of_copy": work.bytes / median / bandwidth,
+                "gigabytes_per_second": None if cached else work.bytes / median / 1e9,
+                "share_of_copy": None if cached else work.bytes / median / bandwidth,
                 "gigaflops": work.flops / median / 1e9,
                 "peak_latents": measure.peak_bytes(run, device, work.forget) / latent,
-                "launches": measure.launches(run, device),
+                "launches": None if on_device is None else on_device.launches,
+                "device_milliseconds": None if on_device is None else 1e3 * on_device.seconds,
             }
         )
     return rows
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
     print(
         f"{'operation':30} {'dtype':5} {'side':14} {'ms':>9} {'x eager':>8} {'GB/s':>7} {'of copy':>8} {'memory':>7} "
-        "launches"
+        f"{'launches':>8} {'ms on GPU':>9}"
     )
     for row in rows:
-        count = "" if row["launches"] is None else row["launches"]
         print(
             f"{row['operation']:30} {row['dtype']:5} {row['side']:14} {row['milliseconds']:9.3f} "
-            f"{row['speedup_over_eager']:8.2f} {row['gigabytes_per_second']:7.1f} {row['share_of_copy']:8.0%} "
-            f"{row['peak_latents']:7.2f} {count}"
+            f"{row['speedup_over_eager']:8.2f} {shown(row['gigabytes_per_second'], '.1f'):>7} "
+            f"{shown(row['share_of_copy'], '.0%'):>8} {row['peak_latents']:7.2f} {shown(row['launches'], 'd'):>8} "
+            f"{shown(row['device_milliseconds'], '.3f'):>9}"
         )
 
 
@@ -93,9 +100,10 @@ def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
             continue
         wanted = REQUIRED_RATIO.get((row["operation"], row["dtype"]))
         if wanted is not None and row["speedup_over_eager"] < wanted:
+            share = row["share_of_copy"]
             short.append(
-                f"{row['operation']} {row['dtype']}: {row['speedup_over_eager']:.2f}x eager, wanted {wanted:g}x; "
-                f"it runs at {row['share_of_copy']:.0%} of copy bandwidth"
+                f"{row['operation']} {row['dtype']}: {row['speedup_over_eager']:.2f}x eager, wanted {wanted:g}x"
+                + ("" if share is None else f"; it runs at {share:.0%} of copy bandwidth")
             )
         if row["operation"].startswith("loss") and row["peak_latents"] > REQUIRED_MEMORY:
             short.append(
@@ -106,15 +114,26 @@ def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "device": name,
+    facts: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
     }
+    if device.type == "cuda":
+        import triton
+
+        facts |= {"triton": triton.__version__, "cuda": torch.version.cuda}
+    return facts
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return None
+    return done.stdout.strip() or None
 
 
 def _processor() -> str:
@@ -140,6 +159,9 @@ def _plot(path: Path, rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    rows = [row for row in rows if row["share_of_copy"] is not None]
+    if not rows:  # all of it lies in the cache
+        return
     sides = list(dict.fromkeys(row["side"] for row in rows))
     groups = list(dict.fromkeys((row["operation"], row["dtype"]) for row in rows))
     figure, axes = plt.subplots(figsize=(10, 0.6 * len(groups) + 1.5), layout="constrained")
@@ -164,7 +186,9 @@ def _plot(path: Path, rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> 
 def run(
     shape: tuple[int, ...], device: torch.device, compile_eager: bool, names: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """All rows, and the operations whose check failed."""
+    """All rows, and the operations whose check failed, or that failed themselves."""
+    if compile_eager:
+        torch._dynamo.reset()  # or the first shape's code would be followed by code for any shape
     bandwidth = measure.copy_bandwidth(max(math.prod(shape), 1 << 24), device)
     print(f"copy {bandwidth / 1e9:.1f} GB/s")
     rows: list[dict[str, Any]] = []
@@ -175,6 +199,9 @@ def run(
                 rows += rows_of(name, dtype, shape, device, bandwidth, compile_eager)
             except AssertionError as error:
                 refused.append(f"{name} {dtype}: {error}")
+            except Exception as error:  # such as too little memory: the others are measured all the same
+                traceback.print_exc()
+                refused.append(f"{name} {dtype}: {type(error).__name__}: {error}")
     return rows, refused
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from crd_fast.cli import main
+from crd_fast.cli import console
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -6,9 +6,10 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from crd_fast.errors import ConfigError, CrdFastError, exhausted, nearest
 
@@ -38,6 +39,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"crd-fast: {reason}", file=sys.stderr)
         return 2
+
+
+def console() -> NoReturn:
+    """`main` as a process of its own, which a thread of a reward can neither keep nor turn into a crash as it ends."""
+    code: int | str | None
+    try:
+        code = main()
+    except SystemExit as end:  # of the parser
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    workers = sys.modules.get("crd_fast.rewards.workers")
+    if workers is not None and workers.threads_left():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else code is not None)
+    sys.exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from crd_fast.acceleration.fp8 import FrozenFP8Linear
 from crd_fast.backbones.base import Backbone, Conditioning
 from crd_fast.errors import nearest
 from crd_fast.ranks import Ranks
@@ -142,4 +143,6 @@ def _copy(base: nn.Module, empty: bool) -> nn.Module:
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
+    """Parameters and buffers in their order, without the rounded weights that the base alone has beside its own."""
+    rounded = {id(b) for part in module.modules() if isinstance(part, FrozenFP8Linear) for b in part.buffers()}
+    return [*module.parameters(), *(buffer for buffer in module.buffers() if id(buffer) not in rounded)]

@@ -20,7 +20,7 @@ _METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's settings ins
 
 def find_adapter(path: str) -> Path:
     """The adapter file under a LoRA folder, a checkpoint or a run directory. Raises CheckpointError where none is."""
-    folder = Path(path)
+    folder = Path(path).expanduser()
     candidates = [folder, *(folder / name for name in (WEIGHTS, f"lora/{WEIGHTS}", PEFT_WEIGHTS))]
     for candidate in candidates:
         if candidate.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -28,6 +29,18 @@ def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(sizes, dtype=dtype, device="cpu")
 
 
+_forked = False  # since this module was imported
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
 @functools.cache
 def extension() -> ModuleType:
     """The module `crd_fast._C`.
@@ -36,13 +49,16 @@ def extension() -> ModuleType:
         ExtensionMissingError: it was not built, or not for this Python; the message has the build command.
     """
     try:
-        return importlib.import_module("crd_fast._C")
+        module = importlib.import_module("crd_fast._C")
     except ImportError as error:
         raise ExtensionMissingError(
             f"the C++ extension crd_fast._C could not be imported ({error}). Build it, from a checkout with "
             f"a C++17 compiler at hand, with `{BUILD_COMMAND}`; or set CRD_FAST_BACKEND=reference for the "
             f"slow PyTorch formulas"
         ) from error
+    if _forked:
+        module.after_fork()
+    return module
 
 
 def instruction_set() -> str:

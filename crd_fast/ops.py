@@ -9,7 +9,8 @@ their implementations.
 | residual_grad | C++ extension                     | Triton         | PyTorch formulas       |
 | objective     | C++ extension                     | Triton         | PyTorch formulas       |
 
-"PyTorch formulas" is `crd_fast.reference` and `crd_fast.reference_objective`, which run wherever PyTorch does.
+"PyTorch formulas" is `crd_fast.reference` and `crd_fast.reference_objective`, which run wherever PyTorch has float64:
+Apple's GPUs have none, so nothing is noised there.
 `CRD_FAST_BACKEND=reference` selects it for everything. Where the table says C++ or Triton and that is missing, the
 call raises ExtensionMissingError.
 
@@ -64,6 +65,11 @@ def _triton() -> ModuleType:
     try:
         return importlib.import_module("crd_fast.kernels")
     except ImportError as error:
+        if (error.name or "").startswith("crd_fast.kernels"):  # setup.py gives the folder kernels/ that name
+            raise ExtensionMissingError(
+                f"the Triton kernels are not where they are imported from ({error}), because crd_fast is used from a "
+                f"checkout that is not installed. Install it with `{native.BUILD_COMMAND}`"
+            ) from error
         raise ExtensionMissingError(
             f"the Triton kernels could not be imported ({error}). Install Triton with `pip install "
             "'crd-fast[triton]'`; or set CRD_FAST_BACKEND=reference for the slow PyTorch formulas"

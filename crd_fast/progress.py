@@ -8,6 +8,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+_ALWAYS = 1e9  # seconds of progress that the ETA is estimated from: an epoch can take longer than rich's 30
+
 
 class Reporter:
     """Shows phases of long work. Use as a context manager; `console` is for tests."""
@@ -35,6 +37,7 @@ class Reporter:
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
                 console=self.console,
+                speed_estimate_period=_ALWAYS,
             )
             self._bar.start()
         return self

@@ -17,6 +17,7 @@
 #include "instruction_set.h"
 #include "noising.h"
 #include "objective.h"
+#include "parallel.h"
 #include "residual.h"
 
 namespace py = pybind11;
@@ -342,6 +343,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("batch"), py::arg("dim"), py::arg("threads"));
   m.def("philox4x32", &philox4x32, "One Philox4x32-10 block: 4 words from a counter of 4 words and a key of 2.",
         py::arg("counter"), py::arg("key"));
+  m.def("after_fork", &crd::after_fork, "Told in a child that was forked before this module was imported.");
   m.def(
       "instruction_set", [] { return crd::name_of(crd::instruction_set()); },
       "The instruction set the kernels run with: portable, avx2 or avx512.");

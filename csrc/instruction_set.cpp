@@ -4,14 +4,25 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(CRD_X86)
+#include <cpuid.h>
+#endif
+
 namespace crd {
 namespace {
+
+#if defined(CRD_X86)
+// __builtin_cpu_supports knows the name "f16c" from GCC 11 and Clang 18 on.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & (1u << 29)) != 0;
+}
+#endif
 
 InstructionSet widest() {
 #if defined(CRD_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
     return InstructionSet::kAvx512;

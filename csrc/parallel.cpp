@@ -54,6 +54,7 @@ OpenMpParallel openmp() {
   return forked ? nullptr : found;
 }
 #else
+std::atomic<bool> forked{false};
 OpenMpParallel openmp() { return nullptr; }
 #endif
 
@@ -69,6 +70,8 @@ void run_on_new_threads(Job& job, int64_t threads) {
 }
 
 }  // namespace
+
+void after_fork() { forked = true; }
 
 void parallel_for(int64_t items, int64_t threads, const std::function<void(int64_t)>& run) {
   Job job{run, items};

@@ -157,6 +157,8 @@ def quantize_frozen_linears(model: nn.Module, block_lists: Iterable[str], *, kee
 def linears_for_fp8(model: nn.Module, block_lists: Iterable[str], keep: Sequence[str]) -> dict[str, nn.Linear]:
     """Linear layers of the named lists of blocks, by name in the model, that can and may run in FP8, trained or frozen.
 
+    Layers that have no memory yet are not asked for their device.
+
     Raises ConfigError as `quantize_frozen_linears` does, except for trained layers.
     """
     lists = list(block_lists)
@@ -180,7 +182,9 @@ def linears_for_fp8(model: nn.Module, block_lists: Iterable[str], keep: Sequence
     if not chosen:
         reasons = ", ".join(f"{count} {reason}" for reason, count in stay.items()) or "they have none"
         raise ConfigError(f"no linear layer of {', '.join(lists)} can be FP8: {reasons}; use bf16")
-    require_fp8(next(iter(chosen.values())).weight.device)
+    device = next(iter(chosen.values())).weight.device
+    if device.type != "meta":
+        require_fp8(device)
     return chosen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -213,7 +214,7 @@ class Backbone(ABC):
             raise ConfigError(f"{path}: an AutoencoderTiny does not decode the latents of {self.family}: leave it out")
         try:
             loaded: Any = AutoencoderTiny.from_pretrained(
-                path, torch_dtype=self.pipeline.vae.dtype, output_loading_info=True
+                os.path.expanduser(path), torch_dtype=self.pipeline.vae.dtype, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise ConfigError(f"{path} could not be loaded as an AutoencoderTiny: {error}") from error

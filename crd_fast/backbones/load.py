@@ -47,7 +47,8 @@ def load(
     if family is not None and family != found:
         raise ConfigError(f"model.family is {family!r} but {path} is a {pipeline}: set model.family to {found!r}")
     backbone: type[Backbone] = getattr(import_module(f"crd_fast.backbones.{module}"), adapter)
-    return backbone.from_pretrained(path, index, options or LoadOptions())
+    folder = Path(path).expanduser()  # diffusers takes a ~ for part of a name
+    return backbone.from_pretrained(str(folder) if folder.is_dir() else path, index, options or LoadOptions())
 
 
 def pipeline_index(path: str, key: str) -> dict[str, Any]:

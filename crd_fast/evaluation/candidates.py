@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ class Candidate:
     lora: Path | None = None
     epoch: int | None = None
 
-    @property
+    @cached_property
     def digest(self) -> str | None:
-        """SHA-256 of the adapter file."""
+        """SHA-256 of the adapter file when it was first asked for: a run that goes on may remove it."""
         return None if self.lora is None else hashlib.sha256(self.lora.read_bytes()).hexdigest()
 
 
@@ -76,25 +77,24 @@ def start_of_run(weights: Iterable[str | None]) -> float | None:
     return None
 
 
-def generator_adapter(config: dict[str, Any]) -> Path | None:
-    """The adapter that a one-step generator started from."""
-    lora = (config.get("generator") or {}).get("lora")
+def started_from(config: dict[str, Any]) -> Path | None:
+    """The adapter that a run began with, of a one-step generator or of the model."""
+    section, key = ("lora", "path") if generator_of(config) is None else ("generator", "lora")
+    lora = (config.get(section) or {}).get(key)
     return None if lora is None else find_adapter(lora)
 
 
-def run_candidates(
-    run: Path, base: str, out: Path, which: str, started_from: Path | None = None
-) -> tuple[Candidate, ...]:
+def run_candidates(run: Path, base: str, out: Path, which: str, start: Path | None = None) -> tuple[Candidate, ...]:
     """The base, the run's checkpoints where `which` is "all", and its final LoRA, with folders under `out`.
 
-    base: the model that the run started from, with the adapter `started_from` where there was one. A last checkpoint
+    base: the model that the run started from, with the adapter `start` where there was one. A last checkpoint
     that is equal to the final LoRA is left out.
 
     Raises CheckpointError for a run without adapters.
     """
     if which not in ("final", "all"):
         raise ConfigError(f"--checkpoints is {which!r}: expected 'final' or 'all'")
-    found = [Candidate("base" if started_from is None else "start", out / "base", started_from, 0)]
+    found = [Candidate("base" if start is None else "start", out / "base", start, 0)]
     final = run / "lora" / WEIGHTS
     last = Candidate("final", out / "final", final, _epochs(run)) if final.is_file() else None
     if which == "all":
@@ -115,18 +115,26 @@ def run_candidates(
     return tuple(found)
 
 
-_REMOTE = ("remote:", "legacy_remote:")
+_SERVED_AS = {"remote": "reward", "legacy_remote": "server"}  # the option that says what a server scores
 
 
 def trained_rewards(weights: Iterable[Path], config: dict[str, Any] | None) -> frozenset[str]:
     """Rewards that were trained on: from a run's config, or from those of the run directories that `weights` lie in.
 
-    "remote:ocr" is OCR, wherever it was computed. A DIDR run has one reward, under `reward`.
+    OCR is OCR, wherever it was computed. Rewards of weight 0 were looked at, not trained on. A DIDR run has one reward,
+    under `reward`.
     """
     configs = [config or {}, *(config_above(path) for path in weights)]
-    names = [str(name) for tree in configs for name in tree.get("rewards") or {}]
+    sections = [(str(name), section or {}) for tree in configs for name, section in (tree.get("rewards") or {}).items()]
+    names = [_scorer_of(name, section) for name, section in sections if section.get("weight") != 0]
     names += [str(tree["reward"]["name"]) for tree in configs if tree.get("reward")]
-    return frozenset(name.partition(":")[2] if name.startswith(_REMOTE) else name for name in names)
+    return frozenset(names)
+
+
+def _scorer_of(name: str, section: Mapping[str, Any]) -> str:
+    """The registered reward that a section of `rewards` trains on, whose label after a colon is free."""
+    option = _SERVED_AS.get(name.partition(":")[0])
+    return name if option is None else str(section.get(option, name))
 
 
 def config_above(path: Path) -> dict[str, Any]:

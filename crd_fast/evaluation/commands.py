@@ -15,11 +15,11 @@ from crd_fast.errors import ConfigError, RewardError, nearest
 from crd_fast.evaluation import suites
 from crd_fast.evaluation.candidates import (
     Candidate,
-    generator_adapter,
     generator_of,
     run_candidates,
     run_config,
     start_of_run,
+    started_from,
     trained_rewards,
 )
 from crd_fast.evaluation.evaluate import evaluate
@@ -109,7 +109,7 @@ def _evaluation(options: argparse.Namespace) -> Evaluation:
     scorers = tuple(_names(options.scorers)) if options.scorers else suite.scorers
     out = options.out or (run / f"eval-{suite.name}" if run is not None else Path("evaluations") / suite.name)
     if run is not None:
-        candidates = run_candidates(run, settings.model, out, options.checkpoints, generator_adapter(config or {}))
+        candidates = run_candidates(run, settings.model, out, options.checkpoints, started_from(config or {}))
     else:
         candidates = (_candidate(options, out),)
     weights = [] if run is not None else [candidate.lora for candidate in candidates if candidate.lora is not None]

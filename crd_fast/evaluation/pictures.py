@@ -7,6 +7,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from crd_fast.errors import DataError, NonFiniteError
 from crd_fast.whole_files import write_whole
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 EMBED_BYTES = 16_384  # larger images are embedded as previews
@@ -54,7 +58,11 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
 
 
 def read_image(path: Path) -> Tensor:
-    """float32 (3, H, W) in [0, 1] of an image file. Raises DataError when it is missing, cut off or damaged."""
+    """float32 (3, H, W) in [0, 1] of an image file.
+
+    Raises DataError when it is missing, cut off, damaged or larger than Pillow reads, and when it is something else
+    than one opaque picture of 8 bits.
+    """
     from PIL import Image
 
     try:
@@ -62,10 +70,27 @@ def read_image(path: Path) -> Tensor:
         if content.startswith(_PNG):
             _check_png(content)
         with Image.open(io.BytesIO(content)) as image:
+            other = _not_one_picture(image)
             pixels = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, struct.error) as error:  # Pillow reports a bad PNG as a SyntaxError
+    # Pillow reports a bad PNG as a SyntaxError
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise DataError(f"{path} is no whole image ({error}): make it again") from error
+    if other is not None:
+        raise DataError(f"{path} {other}")
     return from_pixels(pixels[None])[0]
+
+
+def _not_one_picture(image: Image.Image) -> str | None:
+    """What an opened file holds that its conversion to RGB would lose, and what to do about it."""
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        return f"has {frames} frames: expected one picture a file; write those that are to be scored as files"
+    if image.mode == "F" or image.mode.startswith("I"):
+        return f"has more than 8 bits a pixel (Pillow's mode {image.mode}): scale it to 8 bits"
+    transparent = "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
+    if transparent and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        return "has transparent pixels: lay it on the background that it is to be seen on"
+    return None
 
 
 def _check_png(content: bytes) -> None:

@@ -78,7 +78,7 @@ class Evaluation:
     trained: rewards that a run was trained on; their columns are marked. options: of rewards, by name. run: the run
     directory that the candidates come from.
 
-    Raises ConfigError for a scorer or an option of one that is not known.
+    Raises ConfigError for a scorer or an option of one that is not known, and for another score than the suite's.
     """
 
     suite: Suite
@@ -94,6 +94,12 @@ class Evaluation:
     def __post_init__(self) -> None:
         for name in self.scorers:
             self.scorer_options(name)
+            own, given = (options.get(name, {}).get("score") for options in (self.suite.options, self.options))
+            if own is not None and given not in (None, own):
+                raise ConfigError(
+                    f"options of {name} ask for score {given!r}, but the column of suite {self.suite.name} is "
+                    f"{own!r}, as the published numbers beside it: leave it out"
+                )
 
     def scorer_options(self, name: str) -> Any:
         """A scorer's options: those given, then the suite's, then its own defaults."""

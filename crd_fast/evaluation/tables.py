@@ -26,8 +26,9 @@ class Table:
 def column_order(suite: Suite, summaries: Sequence[Row]) -> list[str]:
     """The suite's headline columns that there are, then the others by name."""
     present = {name for summary in summaries for name in summary["columns"]}
-    # without its own options, a GenEval column repeats one of its diagnostics
-    rest = sorted(present - set(suite.headline) - {"geneval/accuracy"})
+    # GenEval's column repeats one of its diagnostics, by its option
+    options = [summary.get("versions", {}).get("geneval", {}).get("options", {}) for summary in summaries]
+    rest = sorted(present - set(suite.headline) - {f"geneval/{given.get('score')}" for given in options})
     return [name for name in suite.headline if name in present] + rest
 
 

@@ -60,6 +60,15 @@ class DifferentiableReward(Reward, Protocol):
         ...
 
 
+@runtime_checkable
+class Stoppable(Protocol):
+    """A reward that waits for others while it scores, and can be told not to."""
+
+    def stop(self) -> None:
+        """End the calls under way, from any thread; the reward cannot be used again."""
+        ...
+
+
 class PartialRewardError(RewardError):
     """Some items of a batch could not be scored.
 

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import importlib
 import importlib.util
+import math
 import os
 import sys
 import traceback
@@ -163,6 +164,11 @@ class CustomReward:
             low, high = (float(limit) for limit in limits)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"reward {self.name!r}: range is {limits!r}: expected (lowest, highest)") from error
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ConfigError(
+                f"reward {self.name!r}: range is {limits!r}: expected two finite numbers, the lowest first; leave it "
+                "out where one side has no end"
+            )
         return low, high
 
     def _wrong(self, what: str) -> BrokenRewardError:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from crd_fast.errors import CrdFastError, RewardError
 from crd_fast.rewards import registry
-from crd_fast.rewards.base import Metadata, Reward, check_images, unknown_scores
+from crd_fast.rewards.base import Metadata, Reward, Stoppable, check_images, unknown_scores
 from crd_fast.rewards.workers import (
     DaemonThreadPool,
     Outcome,
@@ -94,7 +94,10 @@ class Scorer:
         self.close()
 
     def close(self) -> None:
-        """End the workers; what they have not begun is dropped."""
+        """End the workers; what they have not begun is dropped, and what waits for a server no longer does."""
+        for reward in self.rewards.values():
+            if isinstance(reward, Stoppable):
+                reward.stop()
         for executor in self._executors.values():
             end_workers(executor)
         self._executors.clear()
@@ -102,8 +105,9 @@ class Scorer:
     def try_out(self, image: Tensor, prompt: str, metadata: Metadata) -> None:
         """Score one image (1, 3, H, W) or video, so that what is missing shows before a run begins.
 
-        A failure is an error whatever `on_error` says. Rewards that wait for a server are left out: they have asked it
-        when they were built.
+        A reward that fails is an error whatever `on_error` says; one that has no number for this image alone is not,
+        because it is no image of the model. Rewards that wait for a server are left out: they have asked it when they
+        were built.
         """
         self._trying = True
         try:
@@ -233,7 +237,8 @@ class Scorer:
                 f"reward {name!r} broke at items {piece.start} to {piece.stop - 1}, prompt {piece.prompts[0]!r}: "
                 f"{error if isinstance(error, CrdFastError) else f'{type(error).__name__}: {error}'}"
             ) from error
-        if outcome.failures and (self._trying or self._choices[name].on_error == "raise"):
+        fatal = not outcome.usable if self._trying else self._choices[name].on_error == "raise"
+        if outcome.failures and fatal:
             item = min(outcome.failures)
             raise RewardError(
                 f"reward {name!r} failed at item {piece.start + item}, prompt {piece.prompts[item]!r}: "

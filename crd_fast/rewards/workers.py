@@ -34,12 +34,16 @@ from crd_fast.rewards.base import (
 
 @dataclass(frozen=True)
 class Outcome:
-    """Scores float32 (B,) by key, NaN where an item failed; failures: item -> why; seconds of the monotonic clock."""
+    """Scores float32 (B,) by key, NaN where an item failed; failures: item -> why; seconds of the monotonic clock.
+
+    usable: whether the reward scored at all; it names all items where it failed without naming any.
+    """
 
     scores: dict[str, Tensor]
     failures: dict[int, str]
     began: float
     ended: float
+    usable: bool = True
 
 
 def score_outcome(
@@ -51,6 +55,7 @@ def score_outcome(
     """
     began = time.monotonic()
     failures: dict[int, str] = {}
+    usable = True
     score = score_batch if images.ndim == 4 else score_frames
     try:
         scores = score(reward, images, prompts, metadata)
@@ -60,8 +65,8 @@ def score_outcome(
         raise
     except CrdFastError as error:
         scores = {reward.name: unknown_scores(len(prompts))}
-        failures = dict.fromkeys(range(len(prompts)), str(error))
-    return Outcome(scores, failures, began, time.monotonic())
+        failures, usable = dict.fromkeys(range(len(prompts)), str(error)), False
+    return Outcome(scores, failures, began, time.monotonic(), usable)
 
 
 _REWARD: Reward | None = None  # of a worker process
@@ -74,8 +79,18 @@ def process_pool(name: str, options: Any, workers: int) -> ProcessPoolExecutor:
     )
 
 
+_GRACE_SECONDS = 5.0  # for a thread to end what it has begun
+_LEFT: list[threading.Thread] = []
+
+
+def threads_left() -> bool:
+    """Whether a reward's thread was still at work after its time: Python's own end would take it for a crash where it
+    is in the midst of compiled code."""
+    return any(thread.is_alive() for thread in _LEFT)
+
+
 class DaemonThreadPool(Executor):
-    """Threads as those of ThreadPoolExecutor, but a process can end whatever they hang on."""
+    """Threads as those of ThreadPoolExecutor, but a process can end whatever they hang on: see `threads_left`."""
 
     def __init__(self, workers: int, name: str) -> None:
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
@@ -102,6 +117,13 @@ class DaemonThreadPool(Executor):
             for thread in self._threads:
                 thread.join()
 
+    def leave(self, seconds: float) -> None:
+        """After `shutdown`: wait for the threads, for that long together."""
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        _LEFT.extend(thread for thread in self._threads if thread.is_alive())
+
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             future, call = task
@@ -114,10 +136,11 @@ class DaemonThreadPool(Executor):
 
 
 def end_workers(executor: Executor) -> None:
-    """Drop what an executor has not begun, and end its processes, whatever they hang on. Threads are left to end, and
-    do not keep the process."""
+    """Drop what an executor has not begun, and end its processes, whatever they hang on. Threads have a moment."""
     processes = list((getattr(executor, "_processes", None) or {}).values())
     executor.shutdown(wait=False, cancel_futures=True)
+    if isinstance(executor, DaemonThreadPool):
+        executor.leave(_GRACE_SECONDS)
     for process in processes:
         process.kill()  # without it, Python would wait for them as it exits
 

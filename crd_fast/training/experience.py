@@ -114,15 +114,16 @@ class Explorer:
             )
 
     def _submit(self, latents: Tensor, prompt_ids: list[int]) -> None:
-        """Decode a batch and hand it to the rewards."""
-        with self.phases.timed("decode"):
-            images = torch.cat([self._decode(piece) for piece in latents.split(self.recipe.rollout.decode_batch)])
-        with self.phases.timed("reward"):
-            self.scorer.submit(
-                images,
-                [self.prompts.prompts[i] for i in prompt_ids],
-                [self.prompts.metadata[i] for i in prompt_ids],
-            )
+        """Decode a batch and hand it to the rewards, both in the precision that their weights have."""
+        with torch.autocast(self.backbone.device.type, enabled=False):
+            with self.phases.timed("decode"):
+                images = torch.cat([self._decode(piece) for piece in latents.split(self.recipe.rollout.decode_batch)])
+            with self.phases.timed("reward"):
+                self.scorer.submit(
+                    images,
+                    [self.prompts.prompts[i] for i in prompt_ids],
+                    [self.prompts.metadata[i] for i in prompt_ids],
+                )
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), or the frames (B, F, 3, H, W) of videos that rewards see, on the host."""

@@ -150,7 +150,8 @@ class _Job:
     def _learn(self, loop: EpochLoop) -> None:
         """Evaluate, train, evaluate again."""
         if self.recipe.evaluation.suite is not None:
-            self._evaluate("before", BASE)
+            # what training begins with: an adapter that the run goes on with is not of its making
+            self._evaluate("before", BASE if self.recipe.lora.path is None else TRAINED)
             if self.recipe.evaluation.reference_guidance is not None:
                 self._evaluate("guided", BASE, self.recipe.evaluation.reference_guidance)
         loop.run()

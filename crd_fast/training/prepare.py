@@ -9,6 +9,7 @@ from torch import nn
 from crd_fast.acceleration.attention import use_attention
 from crd_fast.acceleration.compilation import CompileCounter, CompileMetrics, compile_blocks
 from crd_fast.acceleration.float8_training import convert_for_full_finetuning
+from crd_fast.acceleration.fp8 import require_fp8
 from crd_fast.acceleration.precision import FP8, Precisions, apply_precisions
 from crd_fast.acceleration.recompute import checkpoint_blocks
 from crd_fast.backbones.base import Backbone, Conditioning
@@ -78,4 +79,5 @@ def _round_copies(sets: FullCopies, backbone: Backbone, roles: dict[str, str]) -
     """Full fine-tuning: each slot but the base has one role and a model of its own, with weights that change."""
     for slot, role in ((TRAINED, "train"), (OLD, "old"), (SAMPLING, "rollout")):
         if roles[role] == FP8:
+            require_fp8(backbone.device)  # copies that are to be sharded are on none yet
             convert_for_full_finetuning(sets.modules[slot], backbone.block_lists)

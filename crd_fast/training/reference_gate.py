@@ -21,6 +21,19 @@ SAMPLES = 64
 
 
 def gate_reference(trainer: Trainer, batch: RolloutBatch) -> None:
+    """Measure the reference in FP8, where there is an anchor that asks for it, and let its exact weights go where no
+    role needs them.
+
+    Raises ConfigError as `_measure` does.
+    """
+    if trainer.loss_config.kl_coef > 0:
+        _measure(trainer, batch)
+    precisions = trainer.prepared.precisions
+    if all(precision == FP8 for precision in precisions.roles.values()):
+        release_exact(trainer.backbone.transformer)
+
+
+def _measure(trainer: Trainer, batch: RolloutBatch) -> None:
     """Measure how far FP8 moves the guided reference, at noise levels over all of [0, 1].
 
     Raises ConfigError when that is more than `acceleration.noise_ratio.NOISE_LIMIT` of its distance from the trained
@@ -65,5 +78,3 @@ def gate_reference(trainer: Trainer, batch: RolloutBatch) -> None:
         samples=SAMPLES,
     )
     check_reference_noise(ratio)
-    if all(precision == FP8 for precision in precisions.roles.values()):
-        release_exact(backbone.transformer)

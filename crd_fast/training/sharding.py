@@ -34,7 +34,8 @@ def shard(sets: ParameterSets, backbone: Backbone, sharding: str, ranks: Ranks) 
         raise ConfigError(f"train.sharding is {sharding!r} but there is one rank: start the job with torchrun")
     mesh = _mesh(backbone.device.type, sharding, ranks)
     if isinstance(sets, FullCopies):
-        policy = MixedPrecisionPolicy(param_dtype=backbone.dtype, reduce_dtype=torch.float32)
+        # inputs as the base gets them: times and rotary tables in fp32 are so on purpose
+        policy = MixedPrecisionPolicy(backbone.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for slot, module in sets.modules.items():
             _shard_blocks(
                 module, backbone.block_lists, mesh, mp_policy=policy if slot != BASE else MixedPrecisionPolicy()

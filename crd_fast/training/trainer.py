@@ -162,7 +162,8 @@ class Trainer:
         self.phases.seconds.clear()
         epoch = self.epoch
         experience = self.explorer.explore(epoch)
-        if not self._gated:
+        gated = self._gated
+        if not gated:
             gate_reference(self, experience.batch)
             self._gated = True
         totals = self.optimize(epoch, experience)
@@ -176,7 +177,7 @@ class Trainer:
             **experience.row,
             **decays,
             "lr": self.optimizer.lr,
-            **self.prepared.compiling.row(),
+            **self.prepared.compiling.row(settled=gated),  # the gate may change layers that a rollout has compiled
             "seconds": {name: round(value, 4) for name, value in self.phases.seconds.items()},
             "samples_per_second": len(experience.batch.latents) / elapsed,
         }

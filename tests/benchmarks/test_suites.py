@@ -20,6 +20,7 @@ def test_the_gpu_suite_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert gpu_suite.main(["--dry-run", "--out", str(tmp_path)]) == 0
     facts = json.loads((tmp_path / "suite.json").read_text())
     assert facts["kernels_wrong"] == [] and facts["refused"] == [] and facts["torch"] == torch.__version__
+    assert facts["failed"] == {} and set(facts["seconds"]) == set(gpu_suite.PARTS)
     rows = list(csv.DictReader((tmp_path / "tiny" / "operations.csv").open()))
     assert {(row["operation"], row["dtype"], row["side"]) for row in rows} == {
         (name, dtype, side)
@@ -35,6 +36,58 @@ def test_the_gpu_suite_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[st
     # the same passes on both sides, so the same arithmetic within what the loss itself takes
     public, ours = (row["tflops_per_second"] * row["seconds"] for row in step["rows"])
     assert ours == pytest.approx(public, rel=0.1) and all(row["peak_mib"] > 0 for row in step["rows"])
+
+
+def test_a_part_that_fails_takes_no_other_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def small(*arguments: object) -> registry.Workload:
+        raise torch.OutOfMemoryError("no room")
+
+    def fail(*arguments: object) -> None:
+        raise ModuleNotFoundError("No module named 'diffusers'")
+
+    monkeypatch.setitem(registry.WORKLOADS, "noise", small)
+    monkeypatch.setattr(gpu_suite, "measure_step", fail)
+    monkeypatch.setenv("PATH", "")  # no git
+    assert gpu_suite.main(["--dry-run", "--out", str(tmp_path), "--parts", "tables", "step"]) == 1
+    facts = json.loads((tmp_path / "suite.json").read_text())
+    assert facts["failed"] == {"step": "ModuleNotFoundError: No module named 'diffusers'"} and facts["commit"] is None
+    assert facts["refused"] == [f"tiny: noise {dtype}: OutOfMemoryError: no room" for dtype in registry.DTYPES]
+    rows = json.loads((tmp_path / "tiny" / "operations.json").read_text())["rows"]
+    assert {row["operation"] for row in rows} == set(registry.WORKLOADS) - {"noise"}
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (0, {"ran": True, "errors": False, "summary": ["told"]}),
+        (9, {"ran": True, "errors": True, "summary": ["told"]}),
+        (255, {"ran": False, "reason": "exit code 255", "summary": ["told"]}),
+    ],
+)
+def test_a_sanitizer_that_does_not_run_is_not_clean(
+    code: int, expected: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\n[ $PYTORCH_NO_CUDA_MEMORY_CACHING = 1 ] && echo told\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert gpu_suite.sanitize() == expected
+    suite = gpu_suite.Suite(tmp_path / "out", CPU, dry_run=True)
+    monkeypatch.setattr(suite, "_sanitize", lambda: suite.facts.update(sanitizer=gpu_suite.sanitize()))
+    assert suite.run(["sanitizer"]) == (1 if code == 9 else 0)
+
+
+def test_shares_of_bandwidth_are_shown_where_memory_is_what_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "fits_cache", lambda size, device: True)
+    rows, refused = tables.run((2, 4, 8, 8), CPU, False, ["residual_stats"])
+    assert not refused and all(row["share_of_copy"] is row["gigabytes_per_second"] is None for row in rows)
+    tables.show(rows)
+    tables.save(tmp_path, rows, tables.environment(CPU))
+    assert "%" not in capsys.readouterr().out and not (tmp_path / "bandwidth.png").exists()
 
 
 def test_the_baseline_of_the_step_computes_our_loss() -> None:
@@ -62,7 +115,11 @@ def test_without_a_gpu_the_suite_says_so(capsys: pytest.CaptureFixture[str], mon
 
 @pytest.mark.parametrize(
     ("module", "operation", "reported"),
-    [("ops", "residual_grad", "gradient "), ("didr_ops", "generator_gradient", "generator gradient ")],
+    [
+        ("ops", "residual_grad", "gradient "),
+        ("ops", "noise", "noise "),
+        ("didr_ops", "generator_gradient", "generator gradient "),
+    ],
 )
 def test_a_kernel_that_is_off_is_reported(
     module: str, operation: str, reported: str, monkeypatch: pytest.MonkeyPatch
@@ -72,6 +129,20 @@ def test_a_kernel_that_is_off_is_reported(
     monkeypatch.setattr(ops, operation, lambda *arguments: 1.001 * right(*arguments))
     wrong = kernel_checks.check_kernels(CPU, [(2, 63)])
     assert wrong and all(line.startswith(reported) for line in wrong)
+
+
+def test_an_objective_that_is_off_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = kernel_checks.ops.objective
+
+    def off(*arguments: object) -> tuple[torch.Tensor, ...]:
+        loss, parts, samples, slopes, metrics = right(*arguments)
+        return loss, parts, samples, 1.001 * slopes, metrics
+
+    monkeypatch.setattr(kernel_checks.ops, "objective", off)
+    wrong = kernel_checks.check_kernels(CPU, [(2, 63)])
+    assert len(wrong) > 20 and all(line.startswith("objective's slopes temperature ") for line in wrong)
+    for kind in ("temperature 0.0", "bce", "none", "batch 300", "grouped", "weighted", "gathered"):
+        assert any(kind in line for line in wrong)
 
 
 def test_no_number_without_a_passing_check(

@@ -241,7 +241,9 @@ def test_signs_are_read(folder: Path, tmp_path: Path) -> None:
     assert "| model | OCR | exact |" in table and "2 of the benchmark's 1018 prompts" in table
 
 
-def test_geneval_is_the_mean_of_its_tasks(folder: Path, tmp_path: Path) -> None:
+def test_geneval_is_the_mean_of_its_tasks(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
     rows = [{"tag": "counting", "include": [{"class": "square", "count": n}], "prompt": f"{n} squares"} for n in (2, 3)]
     rows.append({"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a circle"})
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -266,6 +268,9 @@ def test_geneval_is_the_mean_of_its_tasks(folder: Path, tmp_path: Path) -> None:
     table = (tmp_path / "out" / "table.md").read_text()
     assert table.startswith("| model | GenEval | strict | soft |")
     assert "| DiffusionNFT, GenEval only (arXiv 2509.16117) | .98 |" in table
+    (tmp_path / "options.yaml").write_text("geneval: {detector: shapes, score: soft}\n")
+    assert cli.main(words) == 2
+    assert "geneval ask for score 'soft', but the column of suite geneval is 'accuracy'" in capsys.readouterr().err
     # the benchmark's own detector is a model that has to be there, and knows no squares
     row = {"tag": "counting", "include": [{"class": "dog", "count": 2}], "prompt": "two dogs"}
     (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")

@@ -16,7 +16,8 @@ from crd_fast.evaluation.intervals import clustered_bootstrap
 from crd_fast.evaluation.pictures import to_pixels, write_png
 from crd_fast.evaluation.results import columns, value_of
 from crd_fast.evaluation.scoring import Scores, build_options, score_files
-from crd_fast.evaluation.suites import Item
+from crd_fast.evaluation.suites import SUITES, Item
+from crd_fast.evaluation.tables import column_order
 from crd_fast.rewards.base import PartialRewardError
 from crd_fast.settings import read_sections
 
@@ -136,3 +137,14 @@ def test_options_are_read_and_checked(tmp_path: Path) -> None:
     file.write_text("- ocr\n")
     with pytest.raises(ConfigError, match="holds a list: expected sections"):
         read_sections(file, "options file")
+
+
+@pytest.mark.parametrize(("score", "shown"), [("soft", "geneval/accuracy"), ("accuracy", "geneval/soft")])
+def test_the_diagnostic_that_genevals_column_repeats_is_left_out(score: str, shown: str) -> None:
+    names = ("geneval", "geneval/accuracy", "geneval/soft", "pickscore")
+    summary = {
+        "columns": {name: {} for name in names},
+        "versions": {"geneval": {"options": {"score": score}}, "pickscore": {"options": {}}},
+    }
+    assert column_order(SUITES["drawbench"], [summary]) == ["pickscore", "geneval", shown]
+    assert column_order(SUITES["geneval"], [summary])[:2] == ["geneval", "geneval/soft"]

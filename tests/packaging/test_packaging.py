@@ -80,7 +80,7 @@ def test_wheel_metadata(wheel):
     assert metadata["Requires-Python"] == ">=3.10"
     assert "torch>=2.6" in metadata.get_all("Requires-Dist")
     assert {"train", "rewards", "fp8", "xformers", "triton", "dev"} <= set(metadata.get_all("Provides-Extra"))
-    assert "crd-fast = crd_fast.cli:main" in entry_points
+    assert "crd-fast = crd_fast.cli:console" in entry_points
 
 
 def test_wheel_works_from_elsewhere(installed, tmp_path):

@@ -93,6 +93,12 @@ text_keys.requires = "style"
 def wrong_range(images, prompts, metadata): ...
 wrong_range.range = "0-1"
 
+def no_end(images, prompts, metadata): ...
+no_end.range = (0, float("inf"))
+
+def turned(images, prompts, metadata): ...
+turned.range = (1, 0)
+
 class Moody:
     @property
     def requires(self):
@@ -259,6 +265,27 @@ def test_a_thread_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
     assert ended.returncode == 1 and "has not scored items 0 to 1 after" in ended.stderr
 
 
+def test_a_thread_in_compiled_code_does_not_make_the_end_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "busy.py"
+    path.write_text("def busy(images, prompts, metadata):\n    while True:\n        images = images.roll(1, 0) + 0\n")
+    script = (
+        "import time, torch\n"
+        "from crd_fast import cli\n"
+        "from crd_fast.rewards.custom import CustomOptions\n"
+        "from crd_fast.rewards.scorer import RewardChoice, Scorer\n"
+        "def command():\n"
+        f"    with Scorer({{'custom': RewardChoice(CustomOptions({f'{path}:busy'!r}, runs='thread'))}}) as scorer:\n"
+        "        scorer.submit(torch.rand(8, 3, 64, 64), ['p'] * 8, [{}] * 8)\n"
+        "        time.sleep(0.5)\n"
+        "    print('saved')\n"
+        "    return 3\n"
+        "cli.main = command\n"
+        "cli.console()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "saved\n", "")
+
+
 def test_an_item_that_it_cannot_score_is_masked(source: str) -> None:
     choice = RewardChoice(CustomOptions(f"{source}:unscored"), on_error="mask")
     with Scorer({"custom": choice}) as scorer:
@@ -277,6 +304,8 @@ def test_an_item_that_it_cannot_score_is_masked(source: str) -> None:
         ("VALUE", "mine.py:VALUE is of type int, which cannot be called"),
         ("text_keys", r"requires is 'style': expected names of metadata keys, such as \['style'\]"),
         ("wrong_range", r"range is '0-1': expected \(lowest, highest\)"),
+        ("no_end", r"range is \(0, inf\): expected two finite numbers, the lowest first"),
+        ("turned", r"range is \(1, 0\): expected two finite numbers"),
     ],
 )
 def test_what_is_not_there_is_named(source: str, name: str, message: str) -> None:

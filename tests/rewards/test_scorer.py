@@ -137,6 +137,15 @@ def test_trying_out_finds_what_a_mask_would_hide(brightness, kind, tried) -> Non
         assert scorer.collect().scores["jpeg_compressibility"].tolist() == [0.25]
 
 
+@pytest.mark.parametrize("on_error", ["mask", "raise"])
+@pytest.mark.parametrize("kind", ["here", "thread"])
+def test_a_reward_without_a_number_for_the_made_up_image_is_usable(brightness, kind, on_error) -> None:
+    with brightness(on_error, kind) as scorer:
+        scorer.try_out(levels(0.5), "p", {"broken": True})
+        scorer.submit(levels(0.25), ["p"], [{}])
+        assert scorer.collect().scores["jpeg_compressibility"].tolist() == [0.25]
+
+
 def test_a_broken_image_is_never_masked(brightness) -> None:
     with brightness("mask") as scorer, pytest.raises(RewardError, match="image 1 of 2 is NaN"):
         scorer.submit(levels(0.1, torch.nan), ["p"] * 2, [{}] * 2)

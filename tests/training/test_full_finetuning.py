@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from crd_fast import backbones
+from crd_fast.acceleration.float8_training import convert_for_full_finetuning
+from crd_fast.acceleration.precision import ROLES, apply_precisions
 from crd_fast.backbones import Backbone, Conditioning
 from crd_fast.full_finetuning import FullCopies
 from crd_fast.snapshots import BASE, OLD, SAMPLING, SLOTS, TRAINED
@@ -244,3 +246,24 @@ def test_empty_copies_take_no_memory_until_they_are_filled(folder: Path) -> None
 
 def _all(module: torch.nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
+
+
+def test_empty_copies_become_fp8_and_are_filled_from_a_base_that_is_rounded_too(folder: Path) -> None:
+    backbone = load(folder)
+    x, sigma, embedded = batch(backbone)
+    whole = FullCopies(backbone)
+    for slot in (TRAINED, OLD):
+        convert_for_full_finetuning(whole.modules[slot], backbone.block_lists)
+    expected = whole.predict(backbone, [(OLD, len(x))], x, sigma, embedded)
+    backbone = load(folder)
+    sets = FullCopies(backbone, empty=True)
+    for slot in (TRAINED, OLD):
+        convert_for_full_finetuning(sets.modules[slot], backbone.block_lists)
+    precisions = apply_precisions(
+        backbone.transformer, backbone.block_lists, dict.fromkeys(ROLES, "bf16") | {"ref": "fp8"}
+    )
+    sets.fill()
+    assert torch.equal(sets.predict(backbone, [(OLD, len(x))], x, sigma, embedded), expected)
+    exact = sets.predict(backbone, [(BASE, len(x))], x, sigma, embedded)
+    with precisions.use("ref"):
+        assert not torch.equal(sets.predict(backbone, [(BASE, len(x))], x, sigma, embedded), exact)

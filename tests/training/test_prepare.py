@@ -142,6 +142,42 @@ def test_the_reference_is_measured_before_it_is_fp8(
     assert "set precision.ref=bf16" in capsys.readouterr().err
 
 
+def test_a_reference_without_a_term_is_not_measured(recipe: Path, tmp_path: Path) -> None:
+    """And the exact weights go all the same, once, in the first epoch."""
+    roles = [f"precision.{role}=fp8" for role in ("train", "old", "ref", "rollout")]
+    rows = train(recipe, tmp_path / "run", *roles, "algorithm.kl_coef=0", "algorithm.guidance_scale=1")
+    assert [row["kl_loss"] for row in rows] == [0, 0]
+
+
+def test_the_gate_recompiles_nothing_that_counts(recipe: Path, tmp_path: Path) -> None:
+    roles = [f"precision.{role}=fp8" for role in ("train", "old", "ref", "rollout")]
+    rows = train(recipe, tmp_path / "run", *roles, "acceleration.compile=true", "train.epochs=3")
+    assert [row["recompiles"] for row in rows] == [0, 0, 0]
+
+
+def test_a_reward_of_ones_own_computes_in_its_own_precision(recipe: Path, tmp_path: Path) -> None:
+    """The trained model of full fine-tuning runs under autocast; what scores its images does not."""
+    source = tmp_path / "exact.py"
+    source.write_text(
+        "import torch\n"
+        "def exact(images, prompts, metadata):\n"
+        "    score = images.flatten(1) @ torch.full((images[0].numel(),), 0.1)\n"
+        "    assert score.dtype == torch.float32, score.dtype\n"
+        "    return score.numpy()\n"
+    )
+    options = [f"rewards={{custom: {{source: '{source}:exact'}}}}", "train.parameters=full", "precision.dtype=bf16"]
+    assert len(train(recipe, tmp_path / "run", *options, "train.lr=1e-4")) == 2
+
+
+def test_a_model_and_an_adapter_may_lie_under_home(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(recipe.parent))
+    first = train(recipe, recipe.parent / "first", "model.path=~/pipeline")
+    again = train(recipe, tmp_path / "again", "model.path=~/pipeline", "lora.path=~/first")
+    assert first[0]["theta_mse"] != again[0]["theta_mse"]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -28,6 +28,7 @@ MODES = {
     "lora_parts": ["train.micro_batch=1"],  # of two ranks: half a group in a micro-step
     "full_sharded_parts": ["train.micro_batch=1", "train.parameters=full", "train.lr=1e-3", "train.sharding=fsdp"],
 }
+FP8 = ["train.parameters=full", "train.lr=1e-3", *(f"precision.{role}=fp8" for role in ("train", "old", "ref"))]
 SAMPLES = 4  # of a micro-step, on all ranks together
 
 
@@ -97,6 +98,31 @@ def spread(request: pytest.FixtureRequest, recipe: Path, tmp_path_factory: pytes
     output, _ = job.communicate(timeout=420)
     assert job.returncode == 0, output
     return folder
+
+
+def test_shards_train_in_fp8_what_one_rank_does(recipe: Path, tmp_path: Path) -> None:
+    assert cli.main(["train", str(recipe), f"run.dir={tmp_path / 'alone'}", *FP8]) == 0
+    runs = [
+        ["train", str(recipe), f"run.dir={tmp_path / 'spread'}", *FP8, "train.sharding=fsdp", "train.micro_batch=2"]
+    ]
+    job = launch(2, ["tests/training/rank_worker.py", json.dumps(runs), *map(str, free_ports(1))])
+    output, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, output
+    (_, row), (_, spread) = result(tmp_path / "alone"), result(tmp_path / "spread")
+    assert row["step"] == spread["step"] == 3
+    for name in ("loss", "kl", "theta_mse", "grad_norm"):
+        assert spread[name] == pytest.approx(row[name], rel=2e-2), name
+
+
+def test_shards_see_the_times_that_the_base_sees(recipe: Path, tmp_path: Path) -> None:
+    """In bf16, without guidance: before the first update both are one model, to the last bit."""
+    options = ["train.parameters=full", "train.sharding=fsdp", "precision.dtype=bf16", "train.micro_batch=2"]
+    runs = [["train", str(recipe), f"run.dir={tmp_path / 'run'}", *options, "train.updates=1"]]
+    runs[0].append("algorithm.guidance_scale=1")
+    job = launch(2, ["tests/training/rank_worker.py", json.dumps(runs), *map(str, free_ports(1))])
+    output, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, output
+    assert result(tmp_path / "run")[1]["kl"] == 0
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -166,6 +166,20 @@ def test_the_learning_rate_rises_and_falls(recipe: Path, tmp_path: Path) -> None
     assert [row["lr"] for row in rows(run)] == pytest.approx([0.5e-3, 1e-3, 0.5e-3])
 
 
+def test_a_run_that_goes_on_with_an_adapter_begins_with_it(
+    recipe: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the adapter has gained already is no gain of this run."""
+    run = tmp_path / "run"
+    train(recipe, f"run.dir={run}", f"lora.path={finished}", "train.epochs=1")
+    before = json.loads((run / "evaluation_before.json").read_text())
+    assert before == json.loads((finished / "evaluation_after.json").read_text())
+    assert cli.main(["eval", "--run", str(run), "--suite", "shapes", "--device", "cpu"]) == 0
+    assert "| start |" in capsys.readouterr().out
+    summary = json.loads((run / "eval-shapes" / "base" / "summary.json").read_text())
+    assert summary["summary"]["geneval_soft"] == before["summary"]["geneval_soft"]
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_group_shares_its_noise_when_asked(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool

@@ -29,7 +29,7 @@ from crd_fast.rewards.remote.protocol import (
     ServedReward,
     decode_health,
 )
-from crd_fast.rewards.remote.transport import MAX_ATTEMPTS, Call, StoppedError, TransportError, split_url
+from crd_fast.rewards.remote.transport import MAX_ATTEMPTS, Call, Calls, StoppedError, TransportError, split_url
 
 T = TypeVar("T")
 
@@ -86,14 +86,14 @@ class RemoteReward:
 
     def __init__(self, options: RemoteOptions, name: str = "remote") -> None:
         self.name, self._options = name, options
-        self._url = split_url(options.url, "rewards.remote.url")
-        self._headers = _authorization(options.token_env)
+        url, headers = split_url(options.url, "rewards.remote.url"), _authorization(options.token_env)
+        self._calls = Calls(url, options.timeout_seconds, options.attempts, headers)
         served = self._described()
         self.requires: frozenset[str] = frozenset(served.requires)
         self.range: tuple[float, float] | None = served.range
 
     def _described(self) -> ServedReward:
-        with Call(self._url, self._options.timeout_seconds, self._options.attempts, self._headers) as call:
+        with self._calls.begin() as call:
             try:
                 rewards = decode_health(call.request("GET", HEALTH_PATH, b"", _JSON, _MAX_ANSWER))
             except CrdFastError as error:
@@ -109,7 +109,7 @@ class RemoteReward:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> dict[str, Tensor]:
         """float32 (B,) CPU tensors for images (B, 3, H, W) in [0, 1]; see `Reward`."""
         count, options = len(prompts), self._options
-        with Call(self._url, options.timeout_seconds, options.attempts, self._headers) as call:
+        with self._calls.begin() as call:
 
             def ask(items: range) -> ScoreAnswer:
                 try:
@@ -125,6 +125,10 @@ class RemoteReward:
             pieces = [range(start, min(start + options.batch, count)) for start in range(0, count, options.batch)]
             answers = in_threads(ask, pieces, options.concurrency, call.stop)
         return self._joined(pieces, answers, count)
+
+    def stop(self) -> None:
+        """End the requests under way, from any thread; the reward cannot be used again."""
+        self._calls.stop()
 
     def _ask(self, call: Call, items: list[Item]) -> ScoreAnswer:
         request = ScoreRequest(uuid.uuid4().hex, (self._options.reward,), tuple(items))

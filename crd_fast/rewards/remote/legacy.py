@@ -22,7 +22,7 @@ from crd_fast.rewards.base import Metadata
 from crd_fast.rewards.remote.client import check_effort, in_threads
 from crd_fast.rewards.remote.pickles import load_plain
 from crd_fast.rewards.remote.protocol import ProtocolError, finite
-from crd_fast.rewards.remote.transport import MAX_ATTEMPTS, Call, StoppedError, split_url
+from crd_fast.rewards.remote.transport import MAX_ATTEMPTS, Call, Calls, StoppedError, split_url
 
 JPEG_QUALITY = 95  # colours at full resolution; their own client sends 75 with halved colours
 
@@ -66,14 +66,15 @@ class LegacyReward:
 
     def __init__(self, options: LegacyOptions, name: str = "legacy_remote") -> None:
         self.name, self._options = name, options
-        self._url = split_url(options.url, "rewards.legacy_remote.url")
+        url = split_url(options.url, "rewards.legacy_remote.url")
+        self._calls = Calls(url, options.timeout_seconds, options.attempts, {})
         self._score = options.score or _ANSWERS[options.server][0]
         self.requires: frozenset[str] = frozenset(_REQUIRES[options.server])
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> dict[str, Tensor]:
         """float32 (B,) CPU tensors for images (B, 3, H, W) in [0, 1]: the score, and the server's other lists."""
         count, options = len(prompts), self._options
-        with Call(self._url, options.timeout_seconds, options.attempts, {}) as call:
+        with self._calls.begin() as call:
 
             def ask(items: range) -> dict[str, list[float]]:
                 where = f"reward {self.name!r} ({options.server!r} at {options.url}), items {items[0]} to {items[-1]}"
@@ -93,6 +94,10 @@ class LegacyReward:
             )
             for key in _ANSWERS[options.server]
         }
+
+    def stop(self) -> None:
+        """End the requests under way, from any thread; the reward cannot be used again."""
+        self._calls.stop()
 
     def _ask(
         self, call: Call, images: Tensor, prompts: list[str], metadata: list[Metadata]

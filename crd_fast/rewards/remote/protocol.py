@@ -15,6 +15,7 @@ import base64
 import binascii
 import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -28,6 +29,9 @@ MAX_ITEMS = 256  # of one request
 BROKEN_STATUS = 424  # a reward's own code failed: the same would happen again
 
 Column = list[float | None]  # a score for each item
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 80
 
 
 class ProtocolError(CrdFastError, ValueError):
@@ -238,5 +242,6 @@ def _served(name: str, entry: Any) -> ServedReward:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, str | int | float | list | type(None)) else type(value).__name__
+    # of lists that share parts, as a pickle can hold them, the whole text would grow without end
+    text = _REPR.repr(value) if isinstance(value, str | int | float | list | type(None)) else type(value).__name__
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crd_fast.errors import CrdFastError, DataError, RewardError, nearest
+from crd_fast.errors import CrdFastError, DataError, nearest
 from crd_fast.rewards.base import (
     QUOTED_TEXT,
     BrokenRewardError,
@@ -41,20 +42,21 @@ def _made_up(label: str) -> dict[str, Any]:
 _PROBES = (_made_up("person"), _made_up("circle"))
 
 
-def probe(reward: Reward) -> None:
-    """Score one made-up image, so that models load now. Raises what the reward raises, RewardError where it needs
-    metadata that the made-up item lacks."""
-    unknown = reward.requires - set(_PROBES[0]) - {QUOTED_TEXT}
-    if unknown:
-        raise RewardError(
-            f"reward {reward.name!r} requires {sorted(unknown)}: the server has no such item to try it on"
-        )
+def probe(reward: Reward) -> bool:
+    """Score one made-up image, so that models load now; whether there is an item that the reward could score, which
+    code of the user's own may not find among ours. Raises what the reward raises, unless it says that it has no number
+    for this image."""
+    known = set(_PROBES[0]) | {QUOTED_TEXT}
+    item = next((item for item in _PROBES if reward.requires <= known and _can_score(reward, item)), None)
+    if item is None:
+        return False
     ramp = torch.linspace(0.1, 0.9, 64).expand(1, 3, 64, 64)
-    item = next((item for item in _PROBES if _can_score(reward, item)), _PROBES[0])
-    score_batch(reward, ramp, [item["prompt"]], [item])
+    with contextlib.suppress(PartialRewardError):  # it is no image of a model
+        score_batch(reward, ramp, [item["prompt"]], [item])
     if isinstance(reward, GenEvalReward) and reward.colors is not None:
         # nothing was found, so no colour was asked for
         reward.colors(ramp, [(0, Detection("person", 1.0, (8, 8, 56, 56), mask=torch.ones(48, 48, dtype=torch.bool)))])
+    return True
 
 
 def _can_score(reward: Reward, item: dict[str, Any]) -> bool:

@@ -13,7 +13,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from types import TracebackType
 from urllib.parse import SplitResult, urlsplit
@@ -36,7 +37,7 @@ class TransportError(CrdFastError, ConnectionError):
 
 
 class StoppedError(TransportError):
-    """A request ended because another of the same call failed."""
+    """A request ended because another of the same call failed, or because nobody wants its answer any more."""
 
 
 def split_url(url: str, where: str) -> SplitResult:
@@ -169,7 +170,37 @@ class Call:
         if time.monotonic() >= self._deadline:
             raise TransportError(f"no answer within timeout_seconds={self._seconds:g}")
         if self._stopped.is_set():
-            raise StoppedError("stopped because another request failed")
+            raise StoppedError("stopped: another request failed, or the rewards were closed")
+
+
+class Calls:
+    """The calls of one reward, which another thread may end; made as `Call` is."""
+
+    def __init__(self, url: SplitResult, seconds: float, attempts: int, headers: Mapping[str, str]) -> None:
+        self._url, self._seconds, self._attempts, self._headers = url, seconds, attempts, dict(headers)
+        self._lock = threading.Lock()
+        self._open: set[Call] = set()
+        self._stopped = False
+
+    @contextmanager
+    def begin(self) -> Iterator[Call]:
+        with Call(self._url, self._seconds, self._attempts, self._headers) as call:
+            with self._lock:
+                self._open.add(call)
+                if self._stopped:
+                    call.stop()
+            try:
+                yield call
+            finally:
+                with self._lock:
+                    self._open.discard(call)
+
+    def stop(self) -> None:
+        """End every call under way, and every later one at its first request."""
+        with self._lock:
+            self._stopped = True
+            for call in self._open:
+                call.stop()
 
 
 def _shut(open_socket: socket.socket) -> None:

@@ -31,7 +31,7 @@ class WorkerPool:
 
     def __init__(self, rewards: Mapping[str, Any], workers: int, max_pixels: int, score_seconds: float) -> None:
         threads = max(1, (os.cpu_count() or 1) // workers)
-        self._workers = [_Worker(rewards, max_pixels, threads, score_seconds) for _ in range(workers)]
+        self._workers = [_Worker(rewards, max_pixels, threads, score_seconds, first=i == 0) for i in range(workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._closed = False
 
@@ -66,8 +66,10 @@ class WorkerPool:
 
 
 class _Worker:
-    def __init__(self, rewards: Mapping[str, Any], max_pixels: int, threads: int, score_seconds: float) -> None:
-        self._arguments = (dict(rewards), max_pixels, threads)
+    def __init__(
+        self, rewards: Mapping[str, Any], max_pixels: int, threads: int, score_seconds: float, *, first: bool
+    ) -> None:
+        self._arguments = (dict(rewards), max_pixels, threads, first)
         self._seconds = score_seconds
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
@@ -127,15 +129,20 @@ class _Worker:
             self._process.join()
 
 
-def _work(connection: Connection, rewards: Mapping[str, Any], max_pixels: int, threads: int) -> None:
+def _work(connection: Connection, rewards: Mapping[str, Any], max_pixels: int, threads: int, first: bool) -> None:
     # a signal to the whole process group is the server's to answer; a closed pipe ends the worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(threads)
     try:
         built = {name: registry.build_for_worker(name, options) for name, options in rewards.items()}
-        for reward in built.values():
-            probe(reward)
+        for name, reward in built.items():
+            if not probe(reward) and first:
+                needs = f" ({', '.join(sorted(reward.requires))})" if reward.requires else ""
+                told = (
+                    f"crd-fast: {name} was not tried out: no item of the server's own is one that it can score{needs}"
+                )
+                print(told, file=sys.stderr, flush=True)
     except Exception as error:
         connection.send_bytes(json.dumps({"error": _reason(error)}).encode())
         return

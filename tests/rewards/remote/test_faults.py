@@ -13,7 +13,8 @@ import torch
 from crd_fast.errors import RewardError
 from crd_fast.rewards.base import PartialRewardError, score_batch
 from crd_fast.rewards.remote.client import RemoteOptions, RemoteReward
-from crd_fast.rewards.remote.transport import Call, TransportError, split_url
+from crd_fast.rewards.remote.transport import Call, StoppedError, TransportError, split_url
+from crd_fast.rewards.scorer import RewardChoice, Scorer
 from tests.rewards.remote.servers import Served, faulty_server, pictures
 
 
@@ -150,6 +151,21 @@ def test_one_failure_ends_the_other_requests():
     assert "stopped" not in str(raised.value)
     assert time.monotonic() - began < 5
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("remote-reward")]
+
+
+def test_closing_the_rewards_of_a_run_ends_what_is_under_way(faulty):
+    """A server that hangs keeps neither a run that stops nor its process."""
+    for fault in ("silent", "error_500"):
+        scorer = Scorer({"remote": RewardChoice(RemoteOptions(f"{faulty.url}/{fault}", "good", timeout_seconds=60))})
+        scorer.submit(pictures(8), ["p"] * 8, [{"include": []}] * 8)
+        time.sleep(0.3)
+        began = time.monotonic()
+        scorer.close()
+        assert time.monotonic() - began < 2
+        names = [thread.name for thread in threading.enumerate()]
+        assert not [name for name in names if name.startswith(("remote-reward", "reward-remote"))]
+        with pytest.raises(StoppedError, match="the rewards were closed"):
+            score_batch(scorer.rewards["remote"], pictures(1), ["p"], [{"include": []}])
 
 
 def test_nobody_listens():

@@ -211,3 +211,24 @@ def test_an_error_in_a_rewards_own_code_is_told_once_and_never_an_items(tmp_path
             score_batch(client, pictures(4, 64), prompts, [{}] * 4)
         assert "attempt" not in str(caught.value)
         assert score_batch(client, pictures(1, 64), ["four"], [{}])["remote"].tolist() == [1.0]
+
+
+def test_a_reward_that_nothing_of_the_servers_own_fits_is_served_untried(tmp_path, capfd):
+    source = tmp_path / "styles.py"
+    source.write_text(
+        "class Style:\n    requires = {'style'}\n    range = (0, 1)\n"
+        "    def __call__(self, images, prompts, metadata):\n"
+        "        return [float(entry['style'] == 'red') for entry in metadata]\n"
+        "def faces(images, prompts, metadata):\n    return [float('nan') if 'A' in p else 1.0 for p in prompts]\n"
+    )
+    options = tmp_path / "options.yaml"
+    options.write_text(f"custom:s: {{source: '{source}:Style'}}\ncustom:f: {{source: '{source}:faces'}}\n")
+    with reward_server("custom:s", "custom:f", "--options", str(options), "--workers", "2", token=None) as server:
+        client = RemoteReward(RemoteOptions(server.url, "custom:s"))
+        assert client.requires == {"style"} and client.range == (0, 1)
+        entries = [{"style": "red"}, {"style": "blue"}]
+        assert score_batch(client, pictures(2), ["p"] * 2, entries)["remote"].tolist() == [1.0, 0.0]
+        assert score_batch(RemoteReward(RemoteOptions(server.url, "custom:f")), pictures(1), ["p"], [{}])
+    told = capfd.readouterr().err
+    assert told.count("custom:s was not tried out: no item of the server's own is one that it can score (style)") == 1
+    assert "custom:f was not tried out" not in told

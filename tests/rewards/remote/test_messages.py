@@ -131,3 +131,12 @@ def test_a_recipe_can_have_several_remote_rewards():
     settings = recipe.rewards["remote:text"]
     assert settings.options == RemoteOptions("http://127.0.0.1:8000", "ocr") and settings.spec.weight == 2
     assert build_recipe(yaml.safe_load(dump_recipe(recipe)), recipe.name) == recipe
+
+
+def test_a_list_that_shares_its_parts_is_told_in_a_line_at_once():
+    shared: list[object] = []
+    for _ in range(200):
+        shared = [shared, shared]
+    with pytest.raises(ProtocolError, match=r"scores\[0\] is \[\[\[.*: expected") as raised:
+        finite(shared, "scores[0]")
+    assert len(str(raised.value)) < 300
