@@ -193,3 +193,18 @@ def test_missing_extension_is_an_error_not_a_fallback(calls, monkeypatch):
 def test_seeds_keep_their_bits(seed, signed):
     assert ops.signed_seed(seed) == signed
     assert signed % 2**64 == seed
+
+
+@pytest.mark.parametrize(
+    ("missing", "advice"),
+    [("triton", r"pip install 'crd-fast\[triton\]'"), ("crd_fast.kernels", "from a checkout that is not installed")],
+)
+def test_kernels_that_cannot_be_imported_say_what_to_install(
+    missing: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr(ops.importlib, "import_module", fail)
+    with pytest.raises(ExtensionMissingError, match=advice):
+        ops._triton()
